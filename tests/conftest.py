@@ -1,0 +1,28 @@
+"""Settings that hold in every test: strict promotion for our own code, no surprises.
+
+Shape annotations are checked by beartype while the tests import jaxpg, and only then:
+users pay nothing for them.
+"""
+
+import os
+
+# Before JAX starts: eight host devices, so that sharded code runs sharded here.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+_hook = install_import_hook("jaxpg", "shape_checker.check")
+
+
+@pytest.fixture
+def float64():
+    """Run one test in double precision."""
+    with jax.enable_x64(True):
+        yield
