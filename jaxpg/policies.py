@@ -1,0 +1,295 @@
+"""Policies: a network and a head behind one pure interface.
+
+    init(key, obs) -> params
+    initial_carry() -> carry                      (None without memory)
+    step(params, carry, obs) -> (Distribution, carry)
+    unroll(params, trajectory) -> Distribution [T]
+
+A *head* turns a network's raw outputs into a distribution over the action space; a
+network comes from Flax NNX, Flax Linen, or any pair of plain functions. `step` serves
+the rollout, `unroll` the gradient, and the two agree decision by decision.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxpg.distributions import Categorical, DiagonalGaussian, Distribution
+from jaxpg.envs.base import Box, Discrete, Space
+from jaxpg.networks import mlp
+from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
+
+__all__ = [
+    "Head",
+    "Policy",
+    "categorical_head",
+    "from_apply",
+    "from_linen",
+    "from_nnx",
+    "gaussian_head",
+    "head_for",
+    "log_prob_fn",
+    "mlp_policy",
+]
+
+
+class Policy(NamedTuple):
+    """A policy as a record of pure functions.
+
+    Attributes:
+        init: `init(key, obs) -> params`, from one observation.
+        initial_carry: the memory at an episode's start; None for a memoryless policy.
+        step: one decision's distribution and the next memory.
+        unroll: the distributions of a whole row, [T], restarting at episode starts.
+        is_recurrent: whether memory matters; rows of a memoryless one may be cut.
+    """
+
+    init: Callable[[PRNGKey, PyTree], Params]
+    initial_carry: Callable[[], PyTree]
+    step: Callable[[Params, PyTree, PyTree], tuple[Any, PyTree]]
+    unroll: Callable[[Params, Trajectory], Any]
+    is_recurrent: bool = False
+
+
+class Head(NamedTuple):
+    """How raw network outputs become a distribution over one action space.
+
+    Attributes:
+        num_outputs: how many raw outputs the network must give.
+        init: the head's own parameters, such as a log standard deviation.
+        distribution: `distribution(head_params, outputs)`.
+        space: the action space that it acts in.
+    """
+
+    num_outputs: int
+    init: Callable[[], Params]
+    distribution: Callable[[Params, Array], Distribution]
+    space: Space
+
+
+def categorical_head(space: Discrete) -> Head:
+    """Logits over the integers of a `Discrete` space."""
+    return Head(space.n, dict, lambda _, logits: Categorical(logits), space)
+
+
+def gaussian_head(space: Box, initial_log_std: float = 0.0) -> Head:
+    """A diagonal Gaussian with one learned log standard deviation per dimension.
+
+    Actions are not clipped here: gradients belong to the action that was drawn, and
+    what lies outside the box is the environment's to clip.
+
+    Args:
+        space: a `Box` of rank one.
+        initial_log_std: log of the first standard deviation, in action units.
+
+    Returns:
+        A head whose scale does not depend on the state.
+
+    Raises:
+        ValueError: if the space is not a flat `Box`.
+    """
+    if not isinstance(space, Box) or len(space.shape) != 1:
+        raise ValueError(
+            f"space is {space!r}, needs a Box with shape (D,); flatten the actions"
+        )
+    size = space.shape[0]
+
+    def init() -> Params:
+        return {"log_std": jnp.full((size,), initial_log_std, dtype=float)}
+
+    def distribution(params: Params, mean: Array) -> Distribution:
+        log_std = jnp.broadcast_to(params["log_std"].astype(mean.dtype), mean.shape)
+        return DiagonalGaussian(mean, log_std)
+
+    return Head(size, init, distribution, space)
+
+
+def head_for(space: Space) -> Head:
+    """The usual head for an action space.
+
+    Raises:
+        ValueError: if no head fits the space.
+
+    >>> head_for(Discrete(3)).num_outputs
+    3
+    """
+    if isinstance(space, Discrete):
+        return categorical_head(space)
+    if isinstance(space, Box):
+        return gaussian_head(space)
+    raise ValueError(
+        f"action space is {space!r}, no usual head fits it; build a Head and pass it"
+    )
+
+
+def from_apply(
+    init: Callable[[PRNGKey, PyTree], Params],
+    apply: Callable[[Params, PyTree], Array],
+    head: Head,
+) -> Policy:
+    """A memoryless policy from two plain functions of one observation.
+
+    Args:
+        init: `init(key, obs) -> params` of the network.
+        apply: `apply(params, obs) -> [head.num_outputs]`.
+        head: turns the outputs into a distribution.
+
+    Returns:
+        A policy whose params are `{"network": ..., "head": ...}`.
+
+    Raises:
+        ValueError: at `init`, if the network gives another number of outputs.
+
+    >>> init = lambda key, obs: {"w": jnp.zeros((obs.shape[0], 2))}
+    >>> apply = lambda params, obs: obs @ params["w"]
+    >>> policy = from_apply(init, apply, categorical_head(Discrete(2)))
+    >>> params = policy.init(jax.random.key(0), jnp.ones(4))
+    >>> policy.step(params, None, jnp.ones(4))[0].logits.tolist()
+    [0.0, 0.0]
+    """
+
+    def init_both(key: PRNGKey, obs: PyTree) -> Params:
+        params = {"network": init(key, obs), "head": head.init()}
+        outputs = jax.eval_shape(apply, params["network"], obs)
+        if outputs.shape != (head.num_outputs,):
+            raise ValueError(
+                f"the network gives outputs of shape {outputs.shape}, but the head for "
+                f"{head.space!r} needs ({head.num_outputs},)"
+            )
+        return params
+
+    def distribution(params: Params, obs: PyTree) -> Distribution:
+        return head.distribution(params["head"], apply(params["network"], obs))
+
+    def step(params: Params, carry: PyTree, obs: PyTree) -> tuple[Distribution, PyTree]:
+        return distribution(params, obs), carry
+
+    def unroll(params: Params, trajectory: Trajectory) -> Distribution:
+        return jax.vmap(distribution, (None, 0))(params, trajectory.obs)
+
+    return Policy(init_both, lambda: None, step, unroll)
+
+
+def from_linen(module: Any, head: Head) -> Policy:
+    """A memoryless policy from a Flax Linen module of one observation.
+
+    Args:
+        module: maps one observation to [head.num_outputs].
+        head: turns the outputs into a distribution.
+
+    Returns:
+        A policy whose network params are the module's variables.
+    """
+    return from_apply(module.init, module.apply, head)
+
+
+def from_nnx(make_module: Callable[[Any], Any], head: Head) -> Policy:
+    """A memoryless policy from a Flax NNX module of one observation.
+
+    The module is split once into a static graph and its state; parameters cross the
+    boundary as nested dictionaries of arrays, so no NNX object enters a loop.
+
+    Args:
+        make_module: `make_module(rngs) -> module` that maps one observation to
+            [head.num_outputs].
+        head: turns the outputs into a distribution.
+
+    Returns:
+        A policy whose network params are plain nested dictionaries.
+    """
+    from flax import nnx
+
+    def build(key: PRNGKey) -> Any:
+        return make_module(nnx.Rngs(params=key))
+
+    def abstract() -> tuple[Any, Any]:
+        return nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
+
+    def init(key: PRNGKey, obs: PyTree) -> Params:
+        del obs  # an NNX module knows its input sizes when it is built
+        _, state = nnx.split(build(key))
+        return nnx.to_pure_dict(state)
+
+    def apply(params: Params, obs: PyTree) -> Array:
+        graph, state = abstract()
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state)(obs)
+
+    return from_apply(init, apply, head)
+
+
+def mlp_policy(
+    observation_space: Space,
+    action_space: Space,
+    *,
+    hidden: Sequence[int] = (64, 64),
+    activation: str = "tanh",
+    head: Head | None = None,
+) -> Policy:
+    """The default policy: a multilayer perceptron on the flattened observation.
+
+    Args:
+        observation_space: `Discrete` observations are one-hot coded, others flattened.
+        action_space: chooses the head.
+        hidden: width of each hidden layer.
+        activation: a name of `networks.ACTIVATIONS`.
+        head: overrides the usual head for the action space.
+
+    Returns:
+        A memoryless policy.
+
+    Raises:
+        ValueError: if a space or a size does not fit.
+    """
+    chosen = head_for(action_space) if head is None else head
+    encode, num_features = flat_features(observation_space)
+
+    from flax import nnx
+
+    class Encoded(nnx.Module):
+        def __init__(self, rngs: Any) -> None:
+            self.network = mlp(
+                num_features,
+                hidden,
+                chosen.num_outputs,
+                rngs=rngs,
+                activation=activation,
+            )
+
+        def __call__(self, obs: PyTree) -> Array:
+            return self.network(encode(obs))
+
+    return from_nnx(Encoded, chosen)
+
+
+def flat_features(space: Space) -> tuple[Callable[[PyTree], Array], int]:
+    """An encoder of one observation as a row of floats, and the row's length."""
+    if isinstance(space, Discrete):
+        n = space.n
+        return (lambda obs: jax.nn.one_hot(obs, n, dtype=float)), n
+
+    def flatten(obs: PyTree) -> Float[Array, "n"]:
+        return jnp.reshape(obs, (-1,)).astype(float)
+
+    return flatten, max(1, int(np.prod(space.shape)))
+
+
+def log_prob_fn(policy: Policy) -> Callable[[Params, Trajectory], Array]:
+    """The log-probability of a row's own actions, [T]: what the engine needs to know.
+
+    Args:
+        policy: any policy.
+
+    Returns:
+        `log_prob_fn(params, trajectory) -> [T]`, in nats.
+    """
+
+    def log_probs(params: Params, trajectory: Trajectory) -> Array:
+        distribution = cast(Distribution, policy.unroll(params, trajectory))
+        return distribution.log_prob(trajectory.action)
+
+    return log_probs
