@@ -1,0 +1,1 @@
+"""Algorithms: thin recipes over returns, baselines, the engine and Optax."""
