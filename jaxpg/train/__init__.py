@@ -1,0 +1,8 @@
+"""Training: what happens on the host between jitted chunks of updates.
+
+`provenance`, `log`, `checkpoint` and `render` are the side effects, each usable alone:
+they write files and touch no random key, so a run computes the same numbers with or
+without them.
+"""
+
+__all__: list[str] = []
