@@ -1,0 +1,275 @@
+"""The command line: train, eval, list.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (143 if terminated).
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from jaxpg._checks import check_choice, check_positive
+from jaxpg._version import __version__
+from jaxpg.train.config import ALGORITHMS, TrainConfig
+
+__all__ = ["main"]
+
+USAGE = """\
+usage: jaxpg COMMAND [OPTIONS]
+
+Policy gradients in JAX.
+
+commands:
+  train [ALGORITHM]        train a policy (default: reinforce on CartPole-v1)
+  train --resume RUN       continue an interrupted or finished run
+  eval RUN                 evaluate a trained policy on whole episodes
+  list envs|algorithms     what there is to choose from
+
+options:
+  --version                print the version
+  -h, --help               print this; 'jaxpg COMMAND --help' tells more
+
+Any command takes --debug, which shows the traceback of an error.
+"""
+
+
+class UsageError(Exception):
+    """The command line itself is wrong: exit code 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: its words; None takes them from the process.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _dispatch(words)
+    except UsageError as error:
+        return _complain(error, 2, debug)
+    except KeyboardInterrupt as error:
+        return _complain(error, 130, debug)
+    except Exception as error:
+        return _complain(error, 1, debug)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    if words[0] in ("--version", "-V"):
+        print(f"jaxpg {__version__}")
+        return 0
+    commands = {"train": _train, "eval": _eval, "list": _list}
+    try:
+        check_choice("command", words[0], commands)
+    except ValueError as error:
+        raise UsageError(error) from error
+    return commands[words[0]](words[1:])
+
+
+def _complain(error: BaseException, code: int, debug: bool) -> int:
+    if debug:
+        raise error
+    message = str(error) or type(error).__name__
+    print(f"jaxpg: error: {message}", file=sys.stderr)
+    return code
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Train a policy. With no option at all: REINFORCE on CartPole-v1."""
+
+    config: TrainConfig
+    resume: Path | None = None
+    """Folder of a run to continue from its last checkpoint. Its settings hold; only
+    --num-updates may be given a new value."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder: the next start is faster."""
+
+
+def _train(words: list[str]) -> int:
+    algorithm = words.pop(0) if words and not words[0].startswith("-") else "reinforce"
+    options = _parse_train(algorithm, words)
+    _start_jax(options.config, options.compilation_cache)
+    from jaxpg.train.loop import resume, train
+
+    if options.resume is not None:
+        result = resume(options.resume, num_updates=options.config.num_updates)
+    else:
+        result = train(options.config)
+    return _report(result)
+
+
+def _parse_train(algorithm: str, words: list[str]) -> TrainOptions:
+    try:
+        check_choice("algorithm", algorithm, ALGORITHMS)
+    except ValueError as error:
+        raise UsageError(error) from error
+    config = TrainConfig(algorithm=ALGORITHMS[algorithm]())
+    program = f"jaxpg train {algorithm}"
+    options = _parse(TrainOptions, words, program, TrainOptions(config=config))
+    if options.resume is None:
+        return options
+    from jaxpg.train.run import read_config
+
+    # The run's own settings as defaults: what then differs was asked for by name.
+    stored, _ = read_config(options.resume)
+    options = _parse(TrainOptions, words, program, TrainOptions(config=stored))
+    length = options.config.num_updates
+    if options.config != dataclasses.replace(stored, num_updates=length):
+        changed = ", ".join(_differences(stored, options.config))
+        raise UsageError(
+            f"{options.resume} was trained with other settings ({changed}); leave them "
+            "out, or start a new run without --resume"
+        )
+    return options
+
+
+def _differences(old: Any, new: Any) -> list[str]:
+    found = []
+    for field in dataclasses.fields(old):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if dataclasses.is_dataclass(before):
+            found += _differences(before, after)
+        elif before != after:
+            found.append(f"{field.name} was {before}, now {after}")
+    return found
+
+
+def _start_jax(config: TrainConfig, use_cache: bool) -> None:
+    """Settings that JAX must know before its first computation."""
+    import jax
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", config.num_devices or cores)
+    if use_cache:
+        _use_compilation_cache()
+
+
+def _use_compilation_cache() -> None:
+    import jax
+    import platformdirs
+
+    if jax.config.read("jax_compilation_cache_dir") is None:
+        folder = platformdirs.user_cache_path("jaxpg") / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _report(result: Any) -> int:
+    from jaxpg.train.progress import table
+
+    if result.stopped_by is not None:
+        print(
+            f"interrupted after update {result.update}; continue with: "
+            f"jaxpg train --resume {result.folder}"
+        )
+        return 128 + result.stopped_by
+    if result.evaluation:
+        table("Evaluation, actions drawn from the policy", result.evaluation)
+    print(f"run folder: {result.folder}")
+    if result.evaluation:
+        means = [row["mean"] for row in result.evaluation]
+        print(f"mean {sum(means) / len(means):.2f}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Evaluate a trained policy on whole episodes; the last line is 'mean NUMBER'."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run, as printed by training."""
+    episodes: int = 1000
+    """Episodes, for each seed of the run."""
+    greedy: bool = False
+    """Take the policy's mode instead of drawing from it."""
+    gymnasium: bool = False
+    """Evaluate in the real Gymnasium environment of the same name, on the CPU."""
+    checkpoint: str = "latest"
+    """Which checkpoint: latest, best, or the number of an update."""
+    seed: int = 0
+    """Random seed of the evaluation."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder: the next start is faster."""
+
+
+def _eval(words: list[str]) -> int:
+    options = _parse(EvalOptions, words, "jaxpg eval")
+    if options.compilation_cache:
+        _use_compilation_cache()
+    from jaxpg.train.progress import table
+    from jaxpg.train.run import load_params, open_run
+
+    check_positive("episodes", options.episodes)
+    run = open_run(options.run, one_device=True)
+    update, trees = load_params(run, options.checkpoint)
+    rows = [
+        {"seed": run.config.seed + index} | _evaluate_one(run, params, index, options)
+        for index, params in enumerate(trees)
+    ]
+    where = "Gymnasium's" if options.gymnasium else "jaxpg's"
+    how = "greedy" if options.greedy else "drawn"
+    table(f"{where} {run.env.name}, update {update}, actions {how}", rows)
+    print(f"mean {sum(row['mean'] for row in rows) / len(rows):.2f}")
+    return 0
+
+
+def _evaluate_one(run: Any, params: Any, index: int, options: EvalOptions) -> dict:
+    import jax
+
+    from jaxpg.train.evaluate import evaluate, evaluate_in_gymnasium, summarize
+
+    if options.gymnasium:
+        results = evaluate_in_gymnasium(
+            run.env.name,
+            run.policy,
+            params,
+            options.seed + index,
+            options.episodes,
+            greedy=options.greedy,
+        )
+    else:
+        key = jax.random.fold_in(jax.random.key(options.seed), index)
+        results = evaluate(
+            run.env, run.policy, params, key, options.episodes, greedy=options.greedy
+        )
+    return summarize(results)
+
+
+def _list(words: list[str]) -> int:
+    what = words[0] if len(words) == 1 else ""
+    if what == "algorithms":
+        for name, settings in ALGORITHMS.items():
+            print(f"{name:<12} {(settings.__doc__ or '').splitlines()[0]}")
+        return 0
+    if what == "envs":
+        from jaxpg import envs
+
+        for name in envs.names():
+            problem = envs.load_problem(name)
+            print(name if problem is None else f"{name}  (cannot load: {problem})")
+        return 0
+    raise UsageError("list what? choose one of: jaxpg list envs, jaxpg list algorithms")
+
+
+def _parse(kind: type, words: list[str], program: str, default: Any = None) -> Any:
+    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
+    given = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=words, prog=program, config=flat, **given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

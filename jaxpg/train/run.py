@@ -1,0 +1,246 @@
+"""A run on disk: one folder with everything that a later process needs.
+
+    config.json            settings, versions and devices
+    metrics.jsonl, .csv    one row per update and seed
+    checkpoints/           the last few states and the best one
+    learning_curve.png     return against environment steps
+    evaluation.json        the evaluation at the end
+
+Opening a run reads arrays and JSON and executes nothing from it. An environment or a
+policy of your own is not stored; pass it again.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpg import envs
+from jaxpg.envs.base import Environment, with_time_limit
+from jaxpg.policies import Policy, mlp_policy
+from jaxpg.train.checkpoint import CheckpointStore
+from jaxpg.train.config import TrainConfig, config_from_json, config_to_json
+from jaxpg.train.program import Program, TrainState, build_program
+from jaxpg.train.provenance import describe, read_json, write_json_atomically
+from jaxpg.train.sharding import Placement, largest_device_count, place
+from jaxpg.types import Params
+
+__all__ = ["Run", "create_run", "load_params", "open_run", "read_config"]
+
+SCHEMA = 1
+
+
+class Run(NamedTuple):
+    """A run that can go on, be evaluated or be looked at.
+
+    Attributes:
+        folder: where it lives.
+        config: its settings.
+        env: its environment.
+        policy: its policy.
+        placement: how its rows are spread over devices.
+        program: its compiled functions.
+        checkpoints: its states.
+        provenance: versions and devices that it was begun with.
+    """
+
+    folder: Path
+    config: TrainConfig
+    env: Environment
+    policy: Policy
+    placement: Placement
+    program: Program
+    checkpoints: CheckpointStore
+    provenance: dict[str, Any]
+
+
+def create_run(
+    config: TrainConfig, env: Environment | None = None, policy: Policy | None = None
+) -> Run:
+    """Make the folder of a new run.
+
+    Args:
+        config: its settings.
+        env: overrides `config.env`.
+        policy: overrides the default policy.
+
+    Returns:
+        The run, before its first update.
+
+    Raises:
+        ValueError: if the settings do not fit together, or the folder exists already.
+    """
+    config = dataclasses.replace(config, num_devices=_num_devices(config))
+    name = config.name or _default_name(config)
+    folder = config.runs_dir / name
+    if folder.exists():
+        raise ValueError(
+            f"run folder {folder} exists already; choose another --name, or continue "
+            f"it with --resume {folder}"
+        )
+    provenance = describe()
+    run = _assemble(folder, config, env, policy, provenance)
+    folder.mkdir(parents=True)
+    stored = {
+        "schema": SCHEMA,
+        "config": config_to_json(config),
+        "provenance": provenance,
+    }
+    write_json_atomically(folder / "config.json", stored)
+    return run
+
+
+def open_run(
+    folder: Path | str,
+    env: Environment | None = None,
+    policy: Policy | None = None,
+    *,
+    num_updates: int | None = None,
+    one_device: bool = False,
+) -> Run:
+    """Open the folder of a run.
+
+    Args:
+        folder: as printed by training.
+        env: the environment, where the run was made with one of your own.
+        policy: the policy, where the run was made with one of your own.
+        num_updates: a new length for the run; None keeps it.
+        one_device: use one device, whatever the run was trained on.
+
+    Returns:
+        The run as it was left.
+
+    Raises:
+        ValueError: if the folder holds no run, or one of another schema or version.
+    """
+    folder = Path(folder)
+    config, provenance = read_config(folder)
+    if num_updates is not None:
+        config = _lengthen(config, num_updates)
+    if one_device:
+        config = dataclasses.replace(config, num_devices=1)
+    return _assemble(folder, config, env, policy, provenance)
+
+
+def read_config(folder: Path | str) -> tuple[TrainConfig, dict[str, Any]]:
+    """A run's settings, and the versions and devices that it was begun with.
+
+    Raises:
+        ValueError: if the folder holds no run, or one of another schema or version.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds no run (no config.json in it); give the folder that "
+            "training printed, such as runs/NAME"
+        )
+    stored = read_json(path)
+    if not isinstance(stored, dict) or stored.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path} is not of schema {SCHEMA}; open it with the version that made it"
+        )
+    return config_from_json(stored["config"]), stored["provenance"]
+
+
+def load_params(run: Run, which: str = "latest") -> tuple[int, list[Params]]:
+    """The policy's parameters from a checkpoint, for each seed.
+
+    Args:
+        run: an opened run.
+        which: "latest", "best" or an update's number.
+
+    Returns:
+        The update that the checkpoint was made after, and one tree for each seed.
+
+    Raises:
+        ValueError: if there is no such checkpoint.
+    """
+    step = _find_step(run, which)
+    state = restore_state(run, step)
+    params = state.algorithm.params
+    num_seeds = run.config.num_seeds
+    return step, [jax.tree.map(lambda x, s=s: x[s], params) for s in range(num_seeds)]
+
+
+def initial_seeds(config: TrainConfig) -> jax.Array:
+    """The run's seeds, [S]."""
+    return config.seed + jnp.arange(config.num_seeds, dtype=jnp.int32)
+
+
+def restore_state(run: Run, step: int) -> TrainState:
+    """The state after `step` updates, placed on the run's devices."""
+    template = jax.eval_shape(run.program.init, initial_seeds(run.config))
+    state = run.checkpoints.restore(template, step)
+    return jax.device_put(state, run.placement.replicated)
+
+
+def _assemble(
+    folder: Path,
+    config: TrainConfig,
+    env: Environment | None,
+    policy: Policy | None,
+    provenance: dict[str, Any],
+) -> Run:
+    env = envs.make(config.env) if env is None else env
+    if config.max_steps is not None:
+        env = with_time_limit(env, config.max_steps)
+    if policy is None:
+        policy = mlp_policy(
+            env.observation_space,
+            env.action_space,
+            hidden=config.hidden,
+            activation=config.activation,
+        )
+    placement = place(config.num_devices or 1, num_envs=config.num_envs)
+    return Run(
+        folder,
+        config,
+        env,
+        policy,
+        placement,
+        build_program(config, env, policy, placement),
+        CheckpointStore(folder / "checkpoints", config.keep_checkpoints),
+        provenance,
+    )
+
+
+def _num_devices(config: TrainConfig) -> int:
+    if config.num_devices is not None:
+        return config.num_devices
+    return largest_device_count(jax.device_count(), config.num_envs)
+
+
+def _default_name(config: TrainConfig) -> str:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return f"{config.env}-{config.algorithm_name}-seed{config.seed}-{stamp}"
+
+
+def _lengthen(config: TrainConfig, num_updates: int) -> TrainConfig:
+    if config.algorithm.anneal and num_updates != config.num_updates:
+        raise ValueError(
+            f"num_updates is {num_updates}, but the run anneals its learning rate over "
+            f"{config.num_updates} updates; needs the same number, or a new run"
+        )
+    return dataclasses.replace(config, num_updates=num_updates)
+
+
+def _find_step(run: Run, which: str) -> int:
+    steps = run.checkpoints.steps()
+    if not steps:
+        raise ValueError(
+            f"run {run.folder} holds no checkpoint yet; train it for longer, or "
+            f"continue it with --resume {run.folder}"
+        )
+    if which == "latest":
+        return steps[-1]
+    if which == "best":
+        best = run.checkpoints.best_step()
+        return steps[-1] if best is None else best
+    if not which.isdigit() or int(which) not in steps:
+        raise ValueError(
+            f"checkpoint is {which!r}, needs latest, best or one of {steps}"
+        )
+    return int(which)

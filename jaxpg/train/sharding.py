@@ -1,0 +1,131 @@
+"""Where work runs: the only room that knows of meshes and devices.
+
+Rows of a batch are independent, so they are spread over the devices of one mesh axis
+and parameters are copied to all. Two things are written out by hand, because the
+partitioner would do them worse: a rollout runs as one private loop per device, and a
+gradient is summed privately over chunks, with ONE all-reduce at the end. Everything
+else (returns, baselines, statistics) is ordinary code on global arrays.
+
+The mathematics never sees an axis name: it takes a `SumOverRows`, and this room offers
+one for many devices beside the plain one.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+
+from jaxpg._checks import check_divides, check_positive
+from jaxpg.gradients import ALL_AT_ONCE, Chunks, SumOverRows, sum_over_chunks
+from jaxpg.types import PyTree
+
+__all__ = ["Placement", "largest_device_count", "place"]
+
+AXIS = "rows"
+
+MapRows = Callable[[Any, Int[Array, "N"]], PyTree]
+"""`fn(shared, ids) -> rows`: what each device does with its part of the ids."""
+
+
+class Placement(NamedTuple):
+    """How rows are spread.
+
+    Attributes:
+        num_devices: how many devices share the rows.
+        map_rows: runs `fn(shared, ids)` on each device's own part of the ids.
+        sum_over_rows: sums over all rows, in chunks on each device.
+        replicated: the sharding of what every device holds a copy of.
+    """
+
+    num_devices: int
+    map_rows: Callable[[MapRows, Any, Array], PyTree]
+    sum_over_rows: SumOverRows
+    replicated: Sharding
+
+
+def largest_device_count(available: int, *counts: int) -> int:
+    """The most devices, at most `available`, that divide every one of `counts`.
+
+    >>> largest_device_count(8, 12, 100)
+    4
+    """
+    common = math.gcd(*counts)
+    return max(n for n in range(1, available + 1) if common % n == 0)
+
+
+def place(num_devices: int = 1, **counts: int) -> Placement:
+    """Spread rows over the first `num_devices` devices.
+
+    Args:
+        num_devices: at least 1, at most `jax.device_count()`.
+        counts: named sizes that the devices must divide, such as `num_envs`.
+
+    Returns:
+        A placement; with one device nothing is wrapped at all.
+
+    Raises:
+        ValueError: if there are fewer devices, or a count does not divide over them.
+
+    >>> place(1, num_envs=3).num_devices
+    1
+    """
+    check_positive("num_devices", num_devices)
+    if num_devices == 1:
+        here = SingleDeviceSharding(jax.devices()[0])
+        return Placement(
+            1, lambda fn, shared, ids: fn(shared, ids), sum_over_chunks, here
+        )
+    if num_devices > jax.device_count():
+        raise ValueError(
+            f"num_devices is {num_devices}, but JAX sees {jax.device_count()}; on CPU "
+            "ask for more with --num-devices before JAX starts, or "
+            "jax.config.update('jax_num_cpu_devices', n)"
+        )
+    for name, count in counts.items():
+        check_divides("num_devices", num_devices, name, count)
+    mesh = Mesh(np.array(jax.devices()[:num_devices]), (AXIS,))
+    return Placement(
+        num_devices,
+        _map_rows_on(mesh),
+        _sum_over_rows_on(mesh),
+        NamedSharding(mesh, P()),
+    )
+
+
+def _map_rows_on(mesh: Mesh) -> Callable[[MapRows, Any, Array], PyTree]:
+    def map_rows(fn: MapRows, shared: Any, ids: Array) -> PyTree:
+        mapped = jax.shard_map(
+            fn, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False
+        )
+        return mapped(shared, ids)
+
+    return map_rows
+
+
+def _sum_over_rows_on(mesh: Mesh) -> SumOverRows:
+    def sum_over_rows(
+        fn: Callable[[Any, PyTree], Any],
+        shared: Any,
+        rows: PyTree,
+        active: Array,
+        chunks: Chunks = ALL_AT_ONCE,
+    ) -> Any:
+        def local_sum(shared: Any, rows: PyTree, active: Array) -> Any:
+            total = sum_over_chunks(fn, shared, rows, active, chunks)
+            return jax.lax.psum(total, AXIS)
+
+        summed = jax.shard_map(
+            local_sum,
+            mesh=mesh,
+            in_specs=(P(), P(AXIS), P(AXIS)),
+            out_specs=P(),
+            check_vma=False,
+        )
+        return summed(shared, rows, active)
+
+    return sum_over_rows
