@@ -3,10 +3,11 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (143 if terminated).
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,8 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(words)
     except UsageError as error:
         return _complain(error, 2, debug)
-    except KeyboardInterrupt as error:
-        return _complain(error, 130, debug)
+    except SystemExit as error:  # tyro has printed its help or its complaint
+        return int(error.code or 0)
+    except KeyboardInterrupt:
+        return _complain(KeyboardInterrupt("interrupted"), 130, debug)
     except Exception as error:
         return _complain(error, 1, debug)
 
@@ -153,7 +156,11 @@ def _start_jax(config: TrainConfig, use_cache: bool) -> None:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", config.num_devices or cores)
+        # Never fewer than cores: a resumed run must find as many as a new one.
+        with contextlib.suppress(RuntimeError):  # JAX runs already, with its devices
+            jax.config.update(
+                "jax_num_cpu_devices", max(config.num_devices or 1, cores)
+            )
     if use_cache:
         _use_compilation_cache()
 
@@ -162,7 +169,7 @@ def _use_compilation_cache() -> None:
     import jax
     import platformdirs
 
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         folder = platformdirs.user_cache_path("jaxpg") / "xla"
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -205,19 +212,23 @@ class EvalOptions:
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder: the next start is faster."""
 
+    def __post_init__(self) -> None:
+        check_positive("episodes", self.episodes)
+
 
 def _eval(words: list[str]) -> int:
     options = _parse(EvalOptions, words, "jaxpg eval")
     if options.compilation_cache:
         _use_compilation_cache()
+    from jaxpg.train.evaluate import summarize
     from jaxpg.train.progress import table
     from jaxpg.train.run import load_params, open_run
 
-    check_positive("episodes", options.episodes)
     run = open_run(options.run, one_device=True)
     update, trees = load_params(run, options.checkpoint)
+    play = _make_player(run, options)
     rows = [
-        {"seed": run.config.seed + index} | _evaluate_one(run, params, index, options)
+        {"seed": run.config.seed + index} | summarize(play(params, index))
         for index, params in enumerate(trees)
     ]
     where = "Gymnasium's" if options.gymnasium else "jaxpg's"
@@ -227,13 +238,14 @@ def _eval(words: list[str]) -> int:
     return 0
 
 
-def _evaluate_one(run: Any, params: Any, index: int, options: EvalOptions) -> dict:
+def _make_player(run: Any, options: EvalOptions) -> Callable[[Any, int], Any]:
+    """`play(params, index) -> EpisodeResults` of the seed at that index."""
     import jax
 
-    from jaxpg.train.evaluate import evaluate, evaluate_in_gymnasium, summarize
+    from jaxpg.train.evaluate import evaluate_in_gymnasium, make_evaluator
 
     if options.gymnasium:
-        results = evaluate_in_gymnasium(
+        return lambda params, index: evaluate_in_gymnasium(
             run.env.name,
             run.policy,
             params,
@@ -241,15 +253,15 @@ def _evaluate_one(run: Any, params: Any, index: int, options: EvalOptions) -> di
             options.episodes,
             greedy=options.greedy,
         )
-    else:
-        key = jax.random.fold_in(jax.random.key(options.seed), index)
-        results = evaluate(
-            run.env, run.policy, params, key, options.episodes, greedy=options.greedy
-        )
-    return summarize(results)
+    play = make_evaluator(run.env, run.policy, options.episodes, greedy=options.greedy)
+    key = jax.random.key(options.seed)
+    return lambda params, index: play(params, jax.random.fold_in(key, index))
 
 
 def _list(words: list[str]) -> int:
+    if words and words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
     what = words[0] if len(words) == 1 else ""
     if what == "algorithms":
         for name, settings in ALGORITHMS.items():

@@ -72,7 +72,9 @@ def ascend(
     2.0
     """
     descent = jax.tree.map(jnp.negative, gradient)
-    updates, opt_state = optimizer.update(descent, opt_state, params)
+    # Optax mixes types: strict promotion, where a caller has set it, is not for it.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(descent, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxpg._checks import check_choice, check_positive
 from jaxpg.algos.reinforce import ReinforceConfig
+from jaxpg.networks import ACTIVATIONS
 
 __all__ = ["ALGORITHMS", "TrainConfig", "config_from_json", "config_to_json"]
 
@@ -62,6 +63,7 @@ class TrainConfig:
         for name in ("max_steps", "num_devices"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
+        check_choice("activation", self.activation, ACTIVATIONS)
         for width in self.hidden:
             check_positive("hidden", width)
         if self.eval_episodes < 0:

@@ -4,6 +4,7 @@ Every started episode is counted, whatever its length: the number of episodes is
 before the first step, so short ones cannot crowd out long ones.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ __all__ = [
     "as_greedy",
     "evaluate",
     "evaluate_in_gymnasium",
+    "make_evaluator",
     "summarize",
 ]
 
@@ -91,12 +93,39 @@ def evaluate(
     Raises:
         ValueError: if a count is not positive or the episodes are not bounded.
     """
+    run = make_evaluator(env, policy, num_episodes, greedy=greedy, num_envs=num_envs)
+    return run(params, key)
+
+
+def make_evaluator(
+    env: Environment,
+    policy: Policy,
+    num_episodes: int,
+    *,
+    greedy: bool = False,
+    num_envs: int = 256,
+) -> Callable[[Params, PRNGKey], EpisodeResults]:
+    """`evaluate` as a function of (params, key), compiled once for many of them.
+
+    Args:
+        env: must bound its episodes.
+        policy: chooses the actions.
+        num_episodes: at least 1.
+        greedy: act by the mode instead of drawing.
+        num_envs: environments side by side.
+
+    Returns:
+        `run(params, key) -> EpisodeResults`.
+
+    Raises:
+        ValueError: if a count is not positive.
+    """
     check_positive("num_episodes", num_episodes)
     check_positive("num_envs", num_envs)
     actor = as_greedy(policy) if greedy else policy
 
     @jax.jit
-    def run(params: Params, key: PRNGKey) -> tuple[Array, Array]:
+    def play(params: Params, key: PRNGKey) -> tuple[Array, Array]:
         ids = jnp.arange(num_episodes, dtype=jnp.int32)
         slots = min(num_envs, num_episodes)
         rows = rollout_episodes(env, actor, params, key, ids, num_slots=slots)
@@ -105,8 +134,11 @@ def evaluate(
         returns = zeros.at[rows.episode_id].add(rewards)
         return returns, zeros.at[rows.episode_id].add(rows.mask.astype(rewards.dtype))
 
-    returns, lengths = run(params, key)
-    return EpisodeResults(np.asarray(returns), np.asarray(lengths).astype(np.int64))
+    def run(params: Params, key: PRNGKey) -> EpisodeResults:
+        returns, lengths = play(params, key)
+        return EpisodeResults(np.asarray(returns), np.asarray(lengths).astype(np.int64))
+
+    return run
 
 
 def evaluate_in_gymnasium(
@@ -186,7 +218,7 @@ def _one_round(
     return EpisodeResults(returns, lengths)
 
 
-def _native_action(space: Any, action: np.ndarray) -> Any:
+def _native_action(space: Any, action: Any) -> Any:
     """What Gymnasium wants: a plain int, or an array inside the box."""
     if hasattr(space, "low"):
         return np.clip(action, space.low, space.high)

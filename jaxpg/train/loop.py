@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,11 +21,17 @@ import numpy as np
 from jaxpg.envs.base import Environment
 from jaxpg.policies import Policy
 from jaxpg.train.config import TrainConfig
-from jaxpg.train.evaluate import evaluate, summarize
-from jaxpg.train.log import Row, RunLog, read_metrics, read_rows
+from jaxpg.train.evaluate import make_evaluator, summarize
+from jaxpg.train.log import RunLog, read_metrics, read_rows
 from jaxpg.train.program import MAX_UPDATES_PER_CALL, TrainState
 from jaxpg.train.progress import Glance, make_progress
 from jaxpg.train.provenance import describe, differences, write_json_atomically
+from jaxpg.train.records import (
+    Columns,
+    env_steps_so_far,
+    find_non_finite,
+    to_rows,
+)
 from jaxpg.train.render import plot_learning_curve
 from jaxpg.train.run import (
     Run,
@@ -34,6 +40,7 @@ from jaxpg.train.run import (
     load_params,
     open_run,
     restore_state,
+    store_config,
 )
 
 __all__ = ["NonFiniteError", "RunResult", "resume", "train"]
@@ -116,6 +123,8 @@ def resume(
         NonFiniteError: if parameters or gradients become NaN or infinite.
     """
     run = open_run(folder, env, policy, num_updates=num_updates)
+    if num_updates is not None:
+        store_config(run)  # a later resume goes on to the new length
     for difference in differences(run.provenance, describe()):
         warnings.warn(
             f"this run may not continue to the same bits: {difference}", stacklevel=2
@@ -136,11 +145,11 @@ def _loop(
     """Advance the run to its end or to a signal; returns where it stopped and why."""
     config = run.config
     log = RunLog(run.folder)
-    env_steps = _env_steps_so_far(run)
+    env_steps = env_steps_so_far(run)
     progress = make_progress(show, update, config.num_updates)
-    advance = run.program.advance.lower(state, np.int32(1)).compile()
     pace = 1
     try:
+        advance = run.program.advance.lower(state, np.int32(1)).compile()
         with _signals() as stopped_by:
             while update < config.num_updates and not stopped_by:
                 due = config.checkpoint_every - update % config.checkpoint_every
@@ -149,8 +158,8 @@ def _loop(
                 state, metrics = advance(state, np.int32(count))
                 columns = {name: np.asarray(x)[:count] for name, x in metrics.items()}
                 seconds = time.perf_counter() - began
-                trouble = _find_non_finite(run, columns, update)
-                log.append(_rows(run, columns, update, env_steps, seconds))
+                trouble = find_non_finite(run, columns, update)
+                log.append(to_rows(run, columns, update, env_steps, seconds))
                 if trouble:
                     raise NonFiniteError(trouble)
                 update += count
@@ -170,12 +179,12 @@ def _finish(run: Run, update: int, stopped_by: int | None, show: bool) -> RunRes
     folder = run.folder
     rows = read_rows(folder)
     if rows:
-        title = f"{run.config.env}, {run.config.algorithm_name}"
+        title = f"{run.env.name}, {run.config.algorithm_name}"
         plot_learning_curve(rows, folder / "learning_curve.png", title)
     evaluation: list[dict[str, float]] = []
     if run.config.eval_episodes and stopped_by is None:
         evaluation = _evaluate_all_seeds(run)
-        write_json_atomically(folder / "evaluation.json", evaluation)
+        write_json_atomically(folder / "evaluation.json", _finite(evaluation))
     return RunResult(folder, update, read_metrics(folder), evaluation, stopped_by)
 
 
@@ -186,76 +195,18 @@ def _evaluate_all_seeds(run: Run) -> list[dict[str, float]]:
         jax.random.fold_in(jax.random.key(run.config.seed + s), 0x5EED)
         for s in range(len(trees))
     ]
-    count = run.config.eval_episodes
+    play = make_evaluator(run.env, run.policy, run.config.eval_episodes)
     return [
-        {"seed": run.config.seed + s}
-        | summarize(evaluate(run.env, run.policy, params, key, count))
+        {"seed": run.config.seed + s} | summarize(play(params, key))
         for s, (params, key) in enumerate(zip(trees, keys, strict=True))
     ]
 
 
-def _rows(
-    run: Run,
-    columns: dict[str, np.ndarray],
-    update: int,
-    env_steps: np.ndarray,
-    seconds: float,
-) -> list[Row]:
-    """One row per update and seed; adds the steps taken to `env_steps`."""
-    count = len(columns["num_steps"])
-    rate = float(columns["num_steps"].sum()) / seconds
-    rows: list[Row] = []
-    for i in range(count):
-        env_steps += columns["num_steps"][i]
-        for s in range(run.config.num_seeds):
-            row: Row = {
-                "update": update + i + 1,
-                "seed": run.config.seed + s,
-                "env_steps": int(env_steps[s]),
-            }
-            row |= {name: values[i, s].item() for name, values in columns.items()}
-            row |= {"seconds": seconds / count, "steps_per_second": rate}
-            rows.append(row)
-    return rows
-
-
-def _env_steps_so_far(run: Run) -> np.ndarray:
-    """Steps of each seed up to the last row of the log."""
-    env_steps = np.zeros(run.config.num_seeds, np.int64)
-    for row in read_rows(run.folder)[-run.config.num_seeds :]:
-        env_steps[cast(int, row["seed"]) - run.config.seed] = cast(
-            int, row["env_steps"]
-        )
-    return env_steps
-
-
-def _find_non_finite(
-    run: Run, columns: dict[str, np.ndarray], update: int
-) -> str | None:
-    """What went wrong first, or None; the columns lose what came after it."""
-    flags = {n: x for n, x in columns.items() if n.startswith("non_finite_")}
-    bad = np.argwhere(sum(flags.values()) > 0)
-    if not len(bad):
-        return None
-    index, seed = bad[0]
-    for name in columns:
-        columns[name] = columns[name][: index + 1]
-    what = " and ".join(
-        f"{int(x[index, seed])} entries of the {n.removeprefix('non_finite_')}"
-        for n, x in flags.items()
-        if x[index, seed]
-    )
-    last = run.checkpoints.latest_step()
-    good = (
-        "no checkpoint was made before"
-        if last is None
-        else f"the last good checkpoint is that of update {last} in {run.folder}"
-    )
-    return (
-        f"NaN or infinity at update {update + index + 1}, seed "
-        f"{run.config.seed + seed}: {what}; {good}. Try a smaller learning rate, "
-        "or max_grad_norm"
-    )
+def _finite(rows: list[dict[str, float]]) -> list[dict[str, float | None]]:
+    """NaN as None, which JSON can say: one episode has no standard error."""
+    return [
+        {name: x if np.isfinite(x) else None for name, x in row.items()} for row in rows
+    ]
 
 
 def _checkpoint(run: Run, state: TrainState, update: int) -> None:
@@ -268,7 +219,7 @@ def _checkpoint(run: Run, state: TrainState, update: int) -> None:
 
 def _glance(
     config: TrainConfig,
-    columns: dict[str, np.ndarray],
+    columns: Columns,
     env_steps: np.ndarray,
     update: int,
     count: int,

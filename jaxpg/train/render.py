@@ -28,7 +28,7 @@ _LABELS = {
     "update": "updates",
     "mean_return": "mean return per episode\n(environment's reward units)",
     "entropy": "policy entropy\n(nats)",
-    "grad_norm": "gradient norm\n(log scale)",
+    "grad_norm": "gradient norm",
 }
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 _ENOUGH_FOR_QUARTILES = 4

@@ -28,7 +28,16 @@ from jaxpg.train.provenance import describe, read_json, write_json_atomically
 from jaxpg.train.sharding import Placement, largest_device_count, place
 from jaxpg.types import Params
 
-__all__ = ["Run", "create_run", "load_params", "open_run", "read_config"]
+__all__ = [
+    "Run",
+    "create_run",
+    "initial_seeds",
+    "load_params",
+    "open_run",
+    "read_config",
+    "restore_state",
+    "store_config",
+]
 
 SCHEMA = 1
 
@@ -74,6 +83,8 @@ def create_run(
         ValueError: if the settings do not fit together, or the folder exists already.
     """
     config = dataclasses.replace(config, num_devices=_num_devices(config))
+    if env is not None:
+        config = dataclasses.replace(config, env=env.name)
     name = config.name or _default_name(config)
     folder = config.runs_dir / name
     if folder.exists():
@@ -88,6 +99,7 @@ def create_run(
         "schema": SCHEMA,
         "config": config_to_json(config),
         "provenance": provenance,
+        "own": [n for n, x in (("env", env), ("policy", policy)) if x is not None],
     }
     write_json_atomically(folder / "config.json", stored)
     return run
@@ -114,10 +126,12 @@ def open_run(
         The run as it was left.
 
     Raises:
-        ValueError: if the folder holds no run, or one of another schema or version.
+        ValueError: if the folder holds no run, or one of another schema or version, or
+            an environment or policy of your own is missing.
     """
     folder = Path(folder)
     config, provenance = read_config(folder)
+    _check_own(folder, {"env": env, "policy": policy})
     if num_updates is not None:
         config = _lengthen(config, num_updates)
     if one_device:
@@ -131,6 +145,17 @@ def read_config(folder: Path | str) -> tuple[TrainConfig, dict[str, Any]]:
     Raises:
         ValueError: if the folder holds no run, or one of another schema or version.
     """
+    stored = _read(folder)
+    return config_from_json(stored["config"]), stored["provenance"]
+
+
+def store_config(run: Run) -> None:
+    """Put a run's present settings in place of those that its folder holds."""
+    stored = _read(run.folder) | {"config": config_to_json(run.config)}
+    write_json_atomically(run.folder / "config.json", stored)
+
+
+def _read(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(
@@ -142,7 +167,17 @@ def read_config(folder: Path | str) -> tuple[TrainConfig, dict[str, Any]]:
         raise ValueError(
             f"{path} is not of schema {SCHEMA}; open it with the version that made it"
         )
-    return config_from_json(stored["config"]), stored["provenance"]
+    return stored
+
+
+def _check_own(folder: Path, given: dict[str, Any]) -> None:
+    """Refuse to put defaults in the place of objects that no file can hold."""
+    for name in _read(folder).get("own", ()):
+        if given[name] is None:
+            raise ValueError(
+                f"{folder} was trained with {name} = an object of your own, which is "
+                f"not stored; open it from Python and pass {name} again"
+            )
 
 
 def load_params(run: Run, which: str = "latest") -> tuple[int, list[Params]]:

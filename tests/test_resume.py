@@ -1,0 +1,145 @@
+"""Real processes, killed in mid-training: what is resumed ends at the same bits."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jaxpg.train.log import read_rows
+from jaxpg.train.run import open_run, restore_state
+
+ROOT = pathlib.Path(__file__).parent.parent
+NUM_UPDATES = 1000
+EVERY = 100
+TIMING = {"seconds", "steps_per_second"}
+
+
+def start(*words, **changes):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | changes
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxpg", "train", "--no-compilation-cache", *words],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def new_run(folder, num_devices):
+    return start(
+        *("--runs-dir", str(folder.parent), "--name", folder.name),
+        *("--env", "Probe-RememberFirst-v0", "--hidden", "8", "--num-envs", "16"),
+        *("--num-updates", str(NUM_UPDATES), "--checkpoint-every", str(EVERY)),
+        *("--num-devices", str(num_devices), "--eval-episodes", "0"),
+        *("--num-seeds", "2"),
+    )
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, (out, err)
+    assert "Traceback" not in err and "Warning" not in err
+    return out, err
+
+
+def last_logged(folder):
+    """The last whole row's update, read as a stranger would."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["update"] if lines else 0
+
+
+def last_saved(folder):
+    steps = (folder / "checkpoints").glob("step_*")
+    return max((int(path.name[5:]) for path in steps), default=0)
+
+
+def wait_until_beyond_a_checkpoint(process, folder):
+    """Return once rows are on disk that no checkpoint has seen."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        saved = last_saved(folder)
+        if saved >= 2 * EVERY and last_logged(folder) > saved:
+            return
+        time.sleep(0.002)
+    pytest.fail(f"never got there: {process.poll()}, {process.communicate()}")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """The folder of a run that nobody interrupted, by number of devices."""
+    folders = {}
+
+    def run(num_devices):
+        if num_devices not in folders:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            finish(new_run(folder, num_devices))
+            folders[num_devices] = folder
+        return folders[num_devices]
+
+    return run
+
+
+def assert_same_run(folder, expected):
+    states = [restore_state(open_run(f), NUM_UPDATES) for f in (folder, expected)]
+    leaves = [jax.tree.leaves(state) for state in states]
+    assert len(leaves[0]) > 10
+    for x, y in zip(*leaves, strict=True):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        assert np.array_equal(x, y)
+    tables = [
+        [{k: v for k, v in row.items() if k not in TIMING} for row in read_rows(f)]
+        for f in (folder, expected)
+    ]
+    order = [(u, s) for u in range(1, NUM_UPDATES + 1) for s in (0, 1)]
+    assert [(row["update"], row["seed"]) for row in tables[1]] == order
+    assert tables[0] == tables[1]
+    csv = (folder / "metrics.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in csv[1:]] == [str(u) for u, _ in order]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, whole_run, num_devices):
+    folder = tmp_path / "run"
+    process = new_run(folder, num_devices)
+    wait_until_beyond_a_checkpoint(process, folder)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    saved = last_saved(folder)
+    assert 2 * EVERY <= saved < NUM_UPDATES
+    out, _ = finish(start("--resume", str(folder)))
+    assert f"continued from update {saved})" in out
+    assert_same_run(folder, whole_run(num_devices))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+def test_a_signal_ends_with_a_checkpoint(tmp_path, whole_run, number, code):
+    folder = tmp_path / "run"
+    process = new_run(folder, 1)
+    wait_until_beyond_a_checkpoint(process, folder)
+    process.send_signal(number)
+    out, _ = finish(process, code)
+    stopped = last_saved(folder)
+    assert stopped == last_logged(folder) < NUM_UPDATES
+    assert out.splitlines()[-1] == (
+        f"interrupted after update {stopped}; continue with: "
+        f"jaxpg train --resume {folder}"
+    )
+    assert (folder / "learning_curve.png").exists()
+    out, _ = finish(start("--resume", str(folder)))
+    assert f"continued from update {stopped})" in out
+    assert_same_run(folder, whole_run(1))
