@@ -1,0 +1,65 @@
+"""The README keeps its word: its program runs, its numbers are the stored ones."""
+
+import ast
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxpg
+from jaxpg.algos.reinforce import BASELINES, CREDITS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def code_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_its_program_runs_and_learns(capsys):
+    (program,) = code_blocks("python")
+    assert len(ast.parse(program).body) <= 12
+    exec(compile(program, "README.md", "exec"), {})
+    printed = re.fullmatch(r"mean episode length (\d+)\n", capsys.readouterr().out)
+    assert printed is not None
+    assert int(printed[1]) > 200, "a random policy falls after about 22 decisions"
+
+
+def test_its_two_commands_are_one_line_each():
+    commands = [block.strip() for block in code_blocks("")[:2]]
+    assert all(command.startswith("python3 -m venv .venv && ") for command in commands)
+    assert commands[0].endswith("jaxpg train")
+    assert commands[1].endswith("-m pytest")
+    assert all("\n" not in command for command in commands)
+
+
+def test_its_numbers_are_the_stored_ones(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for name in ("readme", "timing"):
+        sys.modules.pop(name, None)
+    readme = importlib.import_module("readme")
+    pages = [page.read_text() for page in readme.PAGES]
+    for name in readme.BLOCKS:
+        assert any(f"<!-- begin: {name} -->" in page for page in pages)
+    for page in pages:
+        assert readme.fill(page) == page, "run: python benchmarks/readme.py"
+
+
+def test_its_files_exist():
+    for path in re.findall(r"\]\(([^)#]+)\)", README):
+        assert path.startswith("http") or (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", [*CREDITS, *BASELINES])
+def test_every_estimator_is_in_the_oracle_table(name):
+    table = (Path(__file__).parent / "test_unbiased.py").read_text()
+    assert f'"{name}"' in table
+
+
+def test_public_names_are_few_and_exist():
+    assert len(jaxpg.__all__) <= 55
+    for name in jaxpg.__all__:
+        assert getattr(jaxpg, name) is not None
