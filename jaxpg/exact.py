@@ -25,10 +25,14 @@ from jaxpg.types import Params, PyTree, Trajectory
 __all__ = [
     "Paths",
     "action_probabilities",
+    "action_values",
     "enumerate_trajectories",
     "expected_estimate",
     "expected_return",
+    "mixed_gradient",
+    "occupancies",
     "policy_gradient",
+    "with_log_probs",
 ]
 
 
@@ -90,6 +94,89 @@ def policy_gradient(
 ) -> Params:
     """grad J, exactly: what every unbiased estimator must average to."""
     return jax.grad(lambda p: expected_return(mdp, policy, p, discount))(params)
+
+
+def occupancies(mdp: TabularMDP, policy: Policy, params: Params) -> Float[Array, "T S"]:
+    """The probability of being in each state at each decision, still alive.
+
+    Args:
+        mdp: the world.
+        policy: a memoryless policy over state numbers.
+        params: its parameters.
+
+    Returns:
+        d[t, s]; each d[t] sums to the probability that decision t is taken at all.
+    """
+    probabilities = action_probabilities(mdp, policy, params)
+    continues = (~mdp.terminal).astype(mdp.reward.dtype)
+
+    def forward(alive: Array, _: None) -> tuple[Array, Array]:
+        moves = jnp.einsum("s,sa,sax->x", alive, probabilities, mdp.transition)
+        return moves * continues, alive
+
+    return jax.lax.scan(forward, mdp.initial, None, mdp.horizon)[1]
+
+
+def action_values(
+    mdp: TabularMDP, policy: Policy, params: Params, discount: float = 1.0
+) -> Float[Array, "T S A"]:
+    """Q[t, s, a]: the expected reward-to-go of action a in state s at decision t.
+
+    Args:
+        mdp: the world.
+        policy: a memoryless policy over state numbers, followed from t + 1 on.
+        params: its parameters.
+        discount: the factor per decision, in [0, 1].
+
+    Returns:
+        Values in units of the reward.
+    """
+    probabilities = action_probabilities(mdp, policy, params)
+    continues = (~mdp.terminal).astype(mdp.reward.dtype)
+
+    def backward(values: Array, _: None) -> tuple[Array, Array]:
+        future = jnp.einsum("sax,x,x->sa", mdp.transition, continues, values)
+        q = mdp.reward + discount * future
+        return jnp.sum(probabilities * q, axis=1), q
+
+    zeros = jnp.zeros_like(mdp.initial)
+    return jax.lax.scan(backward, zeros, None, mdp.horizon, reverse=True)[1]
+
+
+def mixed_gradient(
+    mdp: TabularMDP,
+    policy: Policy,
+    params: Params,
+    states_of: Params,
+    values_of: Params,
+    discount: float = 1.0,
+) -> Params:
+    """sum_{t,s} d[t, s] sum_a grad pi(a | s) Q[t, s, a], with d and Q of any policies.
+
+    With both of `params` this is the policy gradient (for discount 1); with one or both
+    of a behaviour policy it is the limit of an off-policy form that drops ratios.
+
+    Args:
+        mdp: the world.
+        policy: a memoryless policy over state numbers.
+        params: the parameters that pi is differentiated at.
+        states_of: the parameters that the states are visited with.
+        values_of: the parameters that the values belong to.
+        discount: of the values; the states' own is not discounted.
+
+    Returns:
+        A tree like `params`.
+
+    Reference: Sutton et al. 2000, theorem 1; Degris, White and Sutton 2012.
+    """
+    visits = occupancies(mdp, policy, states_of)
+    values = action_values(mdp, policy, values_of, discount)
+
+    def objective(params: Params) -> Array:
+        probabilities = action_probabilities(mdp, policy, params)
+        return jnp.einsum("ts,sa,tsa->", visits, probabilities, values)
+
+    return jax.grad(objective)(params)
 
 
 def enumerate_trajectories(mdp: TabularMDP) -> Paths:
