@@ -36,7 +36,6 @@ from jaxpg.distributions import (
 from jaxpg.gradients import (
     Chunks,
     score_gradient,
-    split_rows,
     sum_over_chunks,
     trajectory_gradients,
 )
@@ -113,7 +112,6 @@ __all__ = [
     "rollout_episodes",
     "rollout_segments",
     "score_gradient",
-    "split_rows",
     "start_segments",
     "step_discounts",
     "suffix_recurrence",

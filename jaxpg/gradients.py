@@ -17,6 +17,7 @@ Reference: Williams 1992; the surrogate's first derivative is the estimate, and 
 first (Schulman et al. 2015, "Gradient estimation using stochastic computation graphs").
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -34,7 +35,6 @@ __all__ = [
     "LogProbFn",
     "SumOverRows",
     "score_gradient",
-    "split_rows",
     "sum_over_chunks",
     "trajectory_gradients",
 ]
@@ -43,7 +43,8 @@ LogProbFn = Callable[[Params, PyTree], Array]
 """`log_prob_fn(params, row) -> [T]`: log-probability of each decision of one row."""
 
 PIECE = 16
-"""Decisions per piece of a row that is cut: short enough to skip empty tails."""
+"""Consecutive decisions of one row in a chunk, where rows may be cut: few, so that the
+empty tails of packed rows fall into chunks of their own, and are skipped."""
 
 
 class Chunks(NamedTuple):
@@ -107,29 +108,64 @@ def sum_over_chunks(
     if chunks.size is None:
         return fn(shared, rows)
     check_positive("chunk size", chunks.size)
-    if chunks.cut_rows:
-        piece = _largest_divisor(active.shape[1], min(PIECE, chunks.size))
-        rows, active = split_rows((rows, active), piece)
     num_rows, length = active.shape
-    per_chunk = min(max(1, chunks.size // length), num_rows)
-    num_chunks, rest = divmod(num_rows, per_chunk)
-    whole = num_chunks * per_chunk
+    num_steps = min(PIECE, chunks.size, length) if chunks.cut_rows else length
+    per_chunk = min(max(1, chunks.size // num_steps), num_rows)
+    sums = [
+        _sum_over_grid(fn, shared, rows, active, some_rows, some_steps)
+        for some_rows in _blocks(num_rows, per_chunk)
+        for some_steps in _blocks(length, num_steps)
+    ]
+    return jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *sums)
 
-    def stack(x: Array) -> Array:
-        return x[:whole].reshape((num_chunks, per_chunk, *x.shape[1:]))
 
-    def visit(total: Any, inputs: tuple[PyTree, Array]) -> tuple[Any, None]:
-        chunk, chunk_active = inputs
-        add = lambda: jax.tree.map(jnp.add, total, fn(shared, chunk))  # noqa: E731
-        return jax.lax.cond(anywhere(chunk_active), add, lambda: total), None
+class Blocks(NamedTuple):
+    """`number` blocks of `size` indices each, the first from `start` on."""
 
-    first = jax.tree.map(lambda x: x[:per_chunk], rows)
-    total = optax.tree.zeros_like(jax.eval_shape(fn, shared, first))
-    total, _ = jax.lax.scan(visit, total, jax.tree.map(stack, (rows, active)))
-    if rest:
-        last = jax.tree.map(lambda x: x[whole:], (rows, active))
-        total, _ = visit(total, last)
-    return total
+    start: int
+    size: int
+    number: int
+
+
+def _blocks(whole: int, size: int) -> list[Blocks]:
+    """Cut range(whole) into equal blocks, and a smaller one for the rest."""
+    count, rest = divmod(whole, size)
+    blocks = [Blocks(0, size, count)]
+    return blocks if rest == 0 else [*blocks, Blocks(count * size, rest, 1)]
+
+
+def _sum_over_grid(
+    fn: Callable[[Any, PyTree], Any],
+    shared: Any,
+    rows: PyTree,
+    active: Bool[Array, "B T"],
+    some_rows: Blocks,
+    some_steps: Blocks,
+) -> Any:
+    """Sum over a grid of equal chunks, each cut out only when its turn comes."""
+
+    def cut(x: Array, index: Array) -> Array:
+        later, place = jnp.divmod(index, some_rows.number)
+        first = some_rows.start + place * some_rows.size
+        x = jax.lax.dynamic_slice_in_dim(x, first, some_rows.size)
+        if some_steps.size == active.shape[1]:
+            return x  # whole rows: a leaf need not have T
+        first = some_steps.start + later * some_steps.size
+        return jax.lax.dynamic_slice_in_dim(x, first, some_steps.size, axis=1)
+
+    def of_chunk(index: Array) -> Any:
+        return fn(shared, jax.tree.map(lambda x: cut(x, index), rows))
+
+    def visit(total: Any, index: Array) -> tuple[Any, None]:
+        def add() -> Any:
+            return jax.tree.map(jnp.add, total, of_chunk(index))
+
+        needed = anywhere(cut(active, index))
+        return jax.lax.cond(needed, add, lambda: total), None
+
+    indices = jnp.arange(some_rows.number * some_steps.number, dtype=jnp.int32)
+    zeros = optax.tree.zeros_like(jax.eval_shape(of_chunk, indices[0]))
+    return jax.lax.scan(visit, zeros, indices)[0]
 
 
 def score_gradient(
@@ -217,36 +253,6 @@ def trajectory_gradients(
     return jax.vmap(jax.grad(surrogate), (None, 0, 0))(params, rows, weights)
 
 
-def split_rows(rows: PyTree, num_steps: int) -> PyTree:
-    """Cut rows [B, T, ...] into shorter ones [B * T / num_steps, num_steps, ...].
-
-    Only for decisions whose log-probability does not depend on the row's earlier ones:
-    a memoryless policy. Pieces come in order of time, then of row, so that empty tails
-    of packed rows end up together and whole chunks of them can be skipped.
-
-    Args:
-        rows: leaves [B, T, ...].
-        num_steps: decisions per piece; a divisor of T.
-
-    Returns:
-        The same decisions in shorter rows.
-
-    >>> split_rows(jnp.array([[1, 2, 3, 4], [5, 6, 7, 8]]), 2).tolist()
-    [[1, 2], [5, 6], [3, 4], [7, 8]]
-    """
-
-    def split(x: Array) -> Array:
-        num_rows, length, *rest = x.shape
-        pieces = x.reshape((num_rows, length // num_steps, num_steps, *rest))
-        return jnp.swapaxes(pieces, 0, 1).reshape((-1, num_steps, *rest))
-
-    return jax.tree.map(split, rows)
-
-
-def _largest_divisor(whole: int, at_most: int) -> int:
-    return max(n for n in range(1, min(at_most, whole) + 1) if whole % n == 0)
-
-
 def _weigh(weights: Array, log_probs: Array) -> Array:
     """weights * log_probs, where a weight of 0 hides even an infinite log_prob."""
     if weights.shape != log_probs.shape:
@@ -254,7 +260,7 @@ def _weigh(weights: Array, log_probs: Array) -> Array:
             f"weights have shape {weights.shape}, but log_prob_fn gives "
             f"{log_probs.shape}; it must give one log-probability per decision, [T]"
         )
-    return jnp.where(weights != 0.0, weights * log_probs, 0.0)
+    return weights * jnp.where(weights != 0.0, log_probs, 0.0)
 
 
 def _check_rows(rows: PyTree, weights: Array) -> None:

@@ -64,7 +64,11 @@ def mlp(
 
     def linear(num_in: int, num_out: int, scale: float) -> nnx.Linear:
         orthogonal = nnx.initializers.orthogonal(scale)
-        return nnx.Linear(num_in, num_out, kernel_init=orthogonal, rngs=rngs)
+        # Flax's own default stays float32 where JAX computes in float64.
+        dtype = jax.numpy.result_type(float)
+        return nnx.Linear(
+            num_in, num_out, kernel_init=orthogonal, param_dtype=dtype, rngs=rngs
+        )
 
     layers: list = []
     widths = [num_inputs, *hidden]

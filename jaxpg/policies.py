@@ -72,7 +72,15 @@ class Head(NamedTuple):
 
 
 def categorical_head(space: Discrete) -> Head:
-    """Logits over the integers of a `Discrete` space."""
+    """Logits over the integers of a `Discrete` space.
+
+    Raises:
+        ValueError: if the space is not `Discrete`.
+    """
+    if not isinstance(space, Discrete):
+        raise ValueError(
+            f"space is {space!r}, needs a Discrete; for a Box use gaussian_head"
+        )
     return Head(space.n, dict, lambda _, logits: Categorical(logits), space)
 
 
@@ -191,7 +199,8 @@ def from_nnx(make_module: Callable[[Any], Any], head: Head) -> Policy:
     """A memoryless policy from a Flax NNX module of one observation.
 
     The module is split once into a static graph and its state; parameters cross the
-    boundary as nested dictionaries of arrays, so no NNX object enters a loop.
+    boundary as nested dictionaries of arrays, so no NNX object enters a loop. All of the
+    state is taken for parameters: modules with dropout or batch statistics do not fit.
 
     Args:
         make_module: `make_module(rngs) -> module` that maps one observation to

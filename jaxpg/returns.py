@@ -49,20 +49,21 @@ def suffix_recurrence(
         x[0], ..., x[T - 1].
 
     Raises:
-        ValueError: if the arrays are not two rows of one length.
+        ValueError: if the arrays are not two rows of one length and one number.
 
     >>> suffix_recurrence(jnp.ones(3), jnp.array([1.0, 0.0, 1.0]), 5.0).tolist()
     [2.0, 1.0, 6.0]
     """
     check_rank("increments", increments, 1, ONE_ROW)
     check_same_shape(increments=increments, decays=decays)
+    final = jnp.asarray(final, increments.dtype)
+    check_rank("final", final, 0, "() = what follows the row; for a batch use jax.vmap")
 
     def step(later: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         increment, decay = inputs
         x = increment + decay * later
         return x, x
 
-    final = jnp.asarray(final, increments.dtype)
     return jax.lax.scan(step, final, (increments, decays), reverse=True)[1]
 
 
@@ -148,10 +149,14 @@ def at_episode_start(
     Returns:
         values[t - time[t]]; for an episode that began before the row, values[0].
 
+    Raises:
+        ValueError: if the arrays are not two rows of one length.
+
     >>> time = jnp.array([0, 1, 0])
     >>> at_episode_start(jnp.array([7.0, 8.0, 9.0]), time).tolist()
     [7.0, 7.0, 9.0]
     """
+    check_rank("values", values, 1, ONE_ROW)
     check_same_shape(values=values, time=time)
     index = jnp.arange(time.shape[0], dtype=time.dtype) - time
     return values[jnp.clip(index, 0)]

@@ -15,9 +15,9 @@ holds one episode, masked after its end.
 Randomness belongs to the episode: episode i uses `fold_in(key, i)`, and its decision t
 `fold_in` of that with t. Slots, chunks and devices therefore never change the sample.
 
-Capacity. N episodes of at most L steps need at most ceil(N / M) * L steps on each slot:
-a slot begins its last episode only after all slots have been busy for the time that
-M * (ceil(N / M) - 1) episodes can fill. The loop stops as soon as the last one ends.
+Capacity. N episodes of at most L decisions need at most K * L turns, K = ceil(N / M):
+after (K - 1) * L turns every slot has finished K - 1 episodes or found the queue empty,
+so all N have started, and L turns later they have ended. The loop stops with the last.
 """
 
 from typing import Any, NamedTuple
@@ -66,12 +66,10 @@ class RolloutState(NamedTuple):
 
     Attributes:
         slots: M slots.
-        key: the key that all episodes derive from.
         episode_return: undiscounted reward of the running episode so far, [M].
     """
 
     slots: Slot
-    key: Array
     episode_return: Float[Array, "M"]
 
 
@@ -124,6 +122,7 @@ def rollout_episodes(
     Bias: none; the N episodes are independent draws from the policy's own law.
     """
     num_episodes = episode_ids.shape[0]
+    check_positive("number of episode_ids", num_episodes)
     num_slots = num_episodes if num_slots is None else num_slots
     capacity = _capacity(env, num_episodes, num_slots)
     restart = jax.vmap(lambda i: _start_episode(env, policy, key, i))
@@ -178,13 +177,14 @@ def start_segments(
     check_positive("num_slots", num_slots)
     ids = jnp.arange(num_slots, dtype=jnp.int32)
     slots = jax.vmap(lambda i: _start_episode(env, policy, key, i))(ids)
-    return RolloutState(slots, key, jnp.zeros((num_slots,)))
+    return RolloutState(slots, jnp.zeros((num_slots,)))
 
 
 def rollout_segments(
     env: Environment,
     policy: Policy,
     params: Params,
+    key: PRNGKey,
     state: RolloutState,
     num_steps: int,
     *,
@@ -196,6 +196,7 @@ def rollout_segments(
         env: any environment.
         policy: chooses the actions.
         params: the policy's parameters.
+        key: the key that all episodes derive from; the same one for every segment.
         state: from `start_segments` or the previous segment.
         num_steps: T, at least 1.
         keep_next_obs: whether to keep `next_obs`, needed to bootstrap at truncations.
@@ -210,7 +211,7 @@ def rollout_segments(
     """
     check_positive("num_steps", num_steps)
     num_slots = state.slots.time.shape[0]
-    restart = jax.vmap(lambda i: _start_episode(env, policy, state.key, i))
+    restart = jax.vmap(lambda i: _start_episode(env, policy, key, i))
     decide = jax.vmap(lambda slot: _decide(env, policy, params, slot, keep_next_obs))
 
     def advance(
@@ -233,7 +234,7 @@ def rollout_segments(
         advance, (state.slots, state.episode_return), None, num_steps
     )
     trajectory = _rows_first(decisions)._replace(carry=first_carry)
-    return trajectory, RolloutState(slots, state.key, episode_return)
+    return trajectory, RolloutState(slots, episode_return)
 
 
 def _start_episode(

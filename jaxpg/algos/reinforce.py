@@ -253,7 +253,7 @@ def reinforce(
             state.baseline_state, trajectories, credit
         )
         info = {
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "entropy": -jnp.mean(trajectories.log_prob, where=trajectories.mask),
             "non_finite_gradient": count_non_finite(gradient),
             "non_finite_params": count_non_finite(params),
