@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,8 @@ from jaxpg._version import __version__
 from jaxpg.train.config import ALGORITHMS, TrainConfig
 
 __all__ = ["main"]
+
+EVALUATION = 0xE7A1
 
 USAGE = """\
 usage: jaxpg COMMAND [OPTIONS]
@@ -83,7 +86,7 @@ def _dispatch(words: list[str]) -> int:
 
 def _complain(error: BaseException, code: int, debug: bool) -> int:
     if debug:
-        raise error
+        traceback.print_exception(error)
     message = str(error) or type(error).__name__
     print(f"jaxpg: error: {message}", file=sys.stderr)
     return code
@@ -97,6 +100,9 @@ class TrainOptions:
     resume: Path | None = None
     """Folder of a run to continue from its last checkpoint. Its settings hold; only
     --num-updates may be given a new value."""
+    from_update: int | None = None
+    """With --resume: go on from the checkpoint of this update and drop later ones, for
+    example because the last one is damaged."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder: the next start is faster."""
 
@@ -108,7 +114,11 @@ def _train(words: list[str]) -> int:
     from jaxpg.train.loop import resume, train
 
     if options.resume is not None:
-        result = resume(options.resume, num_updates=options.config.num_updates)
+        result = resume(
+            options.resume,
+            num_updates=options.config.num_updates,
+            from_update=options.from_update,
+        )
     else:
         result = train(options.config)
     return _report(result)
@@ -154,6 +164,10 @@ def _start_jax(config: TrainConfig, use_cache: bool) -> None:
     """Settings that JAX must know before its first computation."""
     import jax
 
+    # Resuming to the bit needs sums in a fixed order; on CPU they are so anyway.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_deterministic_ops" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Never fewer than cores: a resumed run must find as many as a new one.
@@ -206,7 +220,8 @@ class EvalOptions:
     gymnasium: bool = False
     """Evaluate in the real Gymnasium environment of the same name, on the CPU."""
     checkpoint: str = "latest"
-    """Which checkpoint: latest, best, or the number of an update."""
+    """Which checkpoint: latest, the number of an update, or best: the one whose last
+    update was made from the batch with the highest mean return."""
     seed: int = 0
     """Random seed of the evaluation."""
     compilation_cache: bool = True
@@ -252,9 +267,11 @@ def _make_player(run: Any, options: EvalOptions) -> Callable[[Any, int], Any]:
             options.seed + index,
             options.episodes,
             greedy=options.greedy,
+            max_steps=run.config.max_steps,
         )
     play = make_evaluator(run.env, run.policy, options.episodes, greedy=options.greedy)
-    key = jax.random.key(options.seed)
+    # Away from the keys that training with the same seed derives.
+    key = jax.random.fold_in(jax.random.key(options.seed), EVALUATION)
     return lambda params, index: play(params, jax.random.fold_in(key, index))
 
 

@@ -40,7 +40,6 @@ __all__ = [
     "episode_log_rhos",
     "log_ratios",
     "past_dropped_weights",
-    "self_normalize",
     "to_weights",
     "truncate_log_rhos",
 ]
@@ -75,7 +74,7 @@ def log_ratios(
         log_probs=log_probs, behaviour_log_probs=behaviour_log_probs, mask=mask
     )
     difference = jnp.where(mask, log_probs - behaviour_log_probs, 0.0)
-    return jax.lax.stop_gradient(difference)
+    return jax.lax.stop_gradient(_finite(difference))
 
 
 def truncate_log_rhos(
@@ -140,7 +139,7 @@ def cumulative_log_rhos(
     check_rank("log_rhos", log_rhos, 1, ONE_ROW)
     check_same_shape(log_rhos=log_rhos, time=time)
     continues = (time > 0).astype(log_rhos.dtype)
-    return suffix_recurrence(log_rhos[::-1], continues[::-1])[::-1]
+    return suffix_recurrence(_finite(log_rhos)[::-1], continues[::-1])[::-1]
 
 
 def episode_log_rhos(
@@ -163,7 +162,7 @@ def episode_log_rhos(
     [3.0, 3.0, 4.0]
     """
     continues = (~ends).astype(log_rhos.dtype)
-    return at_episode_start(suffix_recurrence(log_rhos, continues), time)
+    return at_episode_start(suffix_recurrence(_finite(log_rhos), continues), time)
 
 
 def causal_weights(
@@ -243,40 +242,6 @@ def past_dropped_weights(
     return jax.lax.scan(step, zero, (rewards, discounts, rhos), reverse=True)[1]
 
 
-def self_normalize(
-    log_weights: Float[Array, "B T"], mask: Bool[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """Weights over their mean at the same slot: w[i, t] / mean_j w[j, t].
-
-    Args:
-        log_weights: log-weights of a batch with one episode per row.
-        mask: whether slot t of row i holds a decision.
-
-    Returns:
-        Weights whose mean over the rows alive at each t is 1; 0 in empty slots.
-
-    Raises:
-        ValueError: if the shapes differ or are not (B, T).
-
-    Bias: O(1/N), consistent for the limit of the form that it normalises.
-
-    Reference: Powell and Swindle 1966; Owen 2013, "Monte Carlo theory", section 9.2.
-
-    >>> log_weights, mask = jnp.log(jnp.array([[1.0], [3.0]])), jnp.full((2, 1), True)
-    >>> self_normalize(log_weights, mask).round(4).tolist()
-    [[0.5], [1.5]]
-    """
-    check_rank("log_weights", log_weights, 2, "(B, T), one episode per row")
-    check_same_shape(log_weights=log_weights, mask=mask)
-    hidden = jnp.where(mask, log_weights, -jnp.inf)
-    largest = jnp.max(hidden, axis=0, keepdims=True)
-    largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
-    weights = jnp.exp(hidden - largest)
-    count = jnp.sum(mask, axis=0, keepdims=True).astype(weights.dtype)
-    total = jnp.sum(weights, axis=0, keepdims=True)
-    return weights * (count / jnp.where(total > 0.0, total, 1.0))
-
-
 def effective_sample_size(log_weights: Float[Array, "N"]) -> Float[Array, ""]:
     """(sum w)^2 / sum w^2: how many equally weighted samples the N are worth.
 
@@ -295,5 +260,11 @@ def effective_sample_size(log_weights: Float[Array, "N"]) -> Float[Array, ""]:
     5.0
     """
     check_rank("log_weights", log_weights, 1, "(N,) = one log-weight per sample")
-    weights = jnp.exp(log_weights - jnp.max(log_weights))
+    finite = jnp.clip(log_weights, -1e5, 1e5)
+    weights = jnp.exp(finite - jnp.max(finite))
     return jnp.sum(weights) ** 2 / jnp.sum(weights**2)
+
+
+def _finite(log_rhos: Array) -> Array:
+    """A ratio of exactly 0 or infinity as a finite log: 0 * inf is NaN, and spreads."""
+    return jnp.clip(log_rhos, -1e4, 1e4)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
-import numpy as np
 from jaxtyping import Array
 
 from jaxpg._checks import check_choice, check_positive
@@ -36,7 +35,7 @@ def mlp(
     activation: str = "tanh",
     output_scale: float = 0.01,
 ) -> "nnx.Module":
-    """A multilayer perceptron with orthogonal weights.
+    """A multilayer perceptron with normal weights of variance scale^2 / inputs.
 
     Args:
         num_inputs: features that come in.
@@ -63,17 +62,20 @@ def mlp(
         check_positive("layer width", size)
 
     def linear(num_in: int, num_out: int, scale: float) -> nnx.Linear:
-        orthogonal = nnx.initializers.orthogonal(scale)
+        # No orthogonal matrices: their QR factorisations are LAPACK calls that, vmapped
+        # over seeds or run by two host devices at once, can wait for each other for
+        # ever in XLA's CPU thread pool (seen with jax 0.10.2 on two cores).
+        normal = nnx.initializers.variance_scaling(scale**2, "fan_in", "normal")
         # Flax's own default stays float32 where JAX computes in float64.
         dtype = jax.numpy.result_type(float)
         return nnx.Linear(
-            num_in, num_out, kernel_init=orthogonal, param_dtype=dtype, rngs=rngs
+            num_in, num_out, kernel_init=normal, param_dtype=dtype, rngs=rngs
         )
 
     layers: list = []
     widths = [num_inputs, *hidden]
     for num_in, num_out in itertools.pairwise(widths):
-        layers += [linear(num_in, num_out, float(np.sqrt(2.0)))]
+        layers += [linear(num_in, num_out, 1.0)]
         layers += [ACTIVATIONS[activation]]
     layers += [linear(widths[-1], num_outputs, output_scale)]
     return nnx.Sequential(*layers)

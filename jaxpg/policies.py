@@ -199,8 +199,8 @@ def from_nnx(make_module: Callable[[Any], Any], head: Head) -> Policy:
     """A memoryless policy from a Flax NNX module of one observation.
 
     The module is split once into a static graph and its state; parameters cross the
-    boundary as nested dictionaries of arrays, so no NNX object enters a loop. All of the
-    state is taken for parameters: modules with dropout or batch statistics do not fit.
+    boundary as nested dictionaries of arrays, so no NNX object enters a loop. All state
+    is taken for parameters: modules with dropout or batch statistics do not fit.
 
     Args:
         make_module: `make_module(rngs) -> module` that maps one observation to

@@ -66,10 +66,12 @@ class RolloutState(NamedTuple):
 
     Attributes:
         slots: M slots.
+        stride: what an episode's number grows by when its slot begins the next, [M].
         episode_return: undiscounted reward of the running episode so far, [M].
     """
 
     slots: Slot
+    stride: Int[Array, "M"]
     episode_return: Float[Array, "M"]
 
 
@@ -158,7 +160,11 @@ def rollout_episodes(
 
 
 def start_segments(
-    env: Environment, policy: Policy, key: PRNGKey, num_slots: int
+    env: Environment,
+    policy: Policy,
+    key: PRNGKey,
+    num_slots: int,
+    slot_ids: Int[Array, "M"] | None = None,
 ) -> RolloutState:
     """Reset `num_slots` slots for `rollout_segments`.
 
@@ -166,18 +172,20 @@ def start_segments(
         env: any environment.
         policy: for its initial memory.
         key: the key that all episodes derive from.
-        num_slots: M, at least 1.
+        num_slots: slots of the whole batch, on all devices together; at least 1.
+        slot_ids: which of them to reset here; None for all.
 
     Returns:
-        The state before the first segment; slot m runs episodes m, m + M, m + 2M, ...
+        The state before the first segment. Of S slots, slot m runs the episodes m,
+        m + S, m + 2S, ..., wherever it is.
 
     Raises:
         ValueError: if `num_slots` is not a positive whole number.
     """
     check_positive("num_slots", num_slots)
-    ids = jnp.arange(num_slots, dtype=jnp.int32)
+    ids = jnp.arange(num_slots, dtype=jnp.int32) if slot_ids is None else slot_ids
     slots = jax.vmap(lambda i: _start_episode(env, policy, key, i))(ids)
-    return RolloutState(slots, jnp.zeros((num_slots,)))
+    return RolloutState(slots, jnp.full_like(ids, num_slots), jnp.zeros(ids.shape))
 
 
 def rollout_segments(
@@ -210,7 +218,6 @@ def rollout_segments(
     Bias: rows begin and end inside episodes; credit must bootstrap or account for it.
     """
     check_positive("num_steps", num_steps)
-    num_slots = state.slots.time.shape[0]
     restart = jax.vmap(lambda i: _start_episode(env, policy, key, i))
     decide = jax.vmap(lambda slot: _decide(env, policy, params, slot, keep_next_obs))
 
@@ -222,7 +229,7 @@ def rollout_segments(
         ends = decision.terminated | decision.truncated
 
         def reset() -> Slot:
-            ids = slots.episode_id + num_slots
+            ids = slots.episode_id + state.stride
             return _select(ends, restart(ids), slots)
 
         slots = jax.lax.cond(anywhere(ends), reset, lambda: slots)
@@ -234,7 +241,7 @@ def rollout_segments(
         advance, (state.slots, state.episode_return), None, num_steps
     )
     trajectory = _rows_first(decisions)._replace(carry=first_carry)
-    return trajectory, RolloutState(slots, episode_return)
+    return trajectory, RolloutState(slots, state.stride, episode_return)
 
 
 def _start_episode(

@@ -170,9 +170,11 @@ def test_wrong_values_are_wrong_usage(call, tmp_path, words, part):
     assert not any(tmp_path.iterdir())
 
 
-def test_debug_shows_the_error_itself():
-    with pytest.raises(ValueError, match="holds no run"):
-        main(["eval", "/no/such/run", "--debug", "--no-compilation-cache"])
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys):
+    words = ["eval", "/no/such/run", "--debug", "--no-compilation-cache"]
+    assert main(words) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "holds no run" in err
 
 
 # --- runs

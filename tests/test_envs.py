@@ -409,7 +409,7 @@ def test_probes_cost_no_gymnax():
     code = """
 import sys, jaxpg.envs
 jaxpg.envs.make("Probe-EndlessReward-v0", max_steps=3)
-heavy = {"gymnax", "matplotlib", "flax", "optax"} & set(sys.modules)
+heavy = {"gymnax", "matplotlib", "flax"} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

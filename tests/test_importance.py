@@ -191,7 +191,11 @@ def test_joined_episodes_are_the_same_as_apart():
 
 
 @given(
-    st.lists(st.sampled_from([-1e4, -50.0, 0.0, 50.0, 1e4]), min_size=1, max_size=6),
+    st.lists(
+        st.sampled_from([-np.inf, -1e4, -50.0, 0.0, 50.0, 1e4, np.inf]),
+        min_size=1,
+        max_size=6,
+    ),
     st.sampled_from([-1e3, 0.0, 1e3]),
 )
 @settings(max_examples=60, deadline=None)
@@ -214,18 +218,18 @@ def _all_weights(log_rhos, mask, reward):
         to_weights(importance.episode_log_rhos(log_rhos, ends, time)) * rewards,
         importance.causal_weights(rewards, discounts, log_rhos, time),
         importance.past_dropped_weights(rewards, discounts, log_rhos),
-        importance.self_normalize(log_rhos[:, None], mask[:, None]),
         importance.effective_sample_size(log_rhos),
     ]
 
 
-def test_self_normalised_weights_average_to_one_over_the_living():
-    log_weights = jnp.array([[0.3, 700.0], [-2.0, 1.0], [4.0, 9e9]])
-    mask = jnp.array([[True, True], [True, True], [True, False]])
-    weights = importance.self_normalize(log_weights, mask)
-    means = np.asarray(weights).sum(0) / np.asarray(mask).sum(0)
-    np.testing.assert_allclose(means, 1.0, rtol=1e-6)
-    assert weights[2, 1] == 0.0
+def test_an_impossible_action_does_not_spoil_its_neighbours():
+    time, ends = jnp.array([0, 0]), jnp.array([True, True])
+    log_rhos = jnp.array([-jnp.inf, 0.5])
+    cumulative = importance.to_weights(importance.cumulative_log_rhos(log_rhos, time))
+    whole = importance.episode_log_rhos(log_rhos, ends, time)
+    expected = [0.0, np.exp(0.5)]
+    np.testing.assert_allclose(cumulative, expected, rtol=1e-6)
+    np.testing.assert_allclose(importance.to_weights(whole), expected, rtol=1e-6)
 
 
 def test_effective_sample_size_by_hand():
@@ -251,7 +255,6 @@ def test_no_derivative_flows_through_ratios():
         ("truncate_log_rhos", (jnp.zeros(2), -1.0), "max_rho is -1.0, needs"),
         ("cumulative_log_rhos", (jnp.zeros(2), jnp.zeros(3, int)), "time has shape"),
         ("cumulative_log_rhos", (jnp.zeros((1, 2)), jnp.zeros((1, 2), int)), "vmap"),
-        ("self_normalize", (jnp.zeros(2), jnp.ones(2, bool)), "log_weights has shape"),
         ("effective_sample_size", (jnp.zeros((1, 2)),), "log_weights has shape"),
     ],
 )

@@ -279,20 +279,22 @@ def test_discrete_observations_are_one_hot():
         )
 
 
-def test_layers_are_orthogonal_with_a_small_last_one():
-    network = mlp(4, (8, 8), 3, rngs=nnx.Rngs(params=0))
+def test_weights_have_their_variance_and_the_last_layer_is_small():
+    network = mlp(64, (256, 256), 32, rngs=nnx.Rngs(params=0))
     kernels = [x for x in jax.tree.leaves(nnx.state(network)) if x.ndim == 2]
-    assert sorted(k.shape for k in kernels) == [(4, 8), (8, 3), (8, 8)]
+    assert sorted(k.shape for k in kernels) == [(64, 256), (256, 32), (256, 256)]
     for kernel in kernels:
-        scale = 0.01 if kernel.shape[1] == 3 else np.sqrt(2.0)
-        small = (
-            kernel.T @ kernel
-            if kernel.shape[0] >= kernel.shape[1]
-            else (kernel @ kernel.T)
-        )
-        np.testing.assert_allclose(
-            small, scale**2 * np.eye(len(small)), atol=1e-5 * scale**2
-        )
+        scale = 0.01 if kernel.shape[1] == 32 else 1.0
+        # The standard deviation of n normal draws is off by 1 / sqrt(2 n): 0.008 here.
+        expected = scale / np.sqrt(kernel.shape[0])
+        np.testing.assert_allclose(np.std(kernel), expected, rtol=0.04)
+
+
+def test_initialisation_calls_no_lapack():
+    """Two host devices that factorise at once can wait for each other for ever."""
+    policy = mlp_policy(Box(-1, 1, (4,)), Discrete(2))
+    lowered = jax.jit(policy.init).lower(jax.random.key(0), jnp.zeros(4))
+    assert "lapack" not in lowered.as_text()
 
 
 def test_double_precision_reaches_every_parameter(float64):

@@ -582,7 +582,7 @@ def attempt(env=ENV, num_slots=None, num_episodes=3):
         ),
         (lambda: attempt(num_slots=4), "^num_slots is 4, needs at most 3, the number"),
         (lambda: attempt(num_slots=0), "^num_slots is 0, needs a whole number"),
-        (lambda: attempt(num_episodes=0), "^num_slots is 0, needs a whole number"),
+        (lambda: attempt(num_episodes=0), "^number of episode_ids is 0, needs"),
         (
             lambda: start_segments(ENV, POLICY, KEY, 0),
             "^num_slots is 0, needs a whole number",

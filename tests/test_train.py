@@ -22,6 +22,7 @@ from jaxpg.train.records import find_non_finite
 from jaxpg.train.run import (
     create_run,
     initial_seeds,
+    initial_state,
     load_params,
     open_run,
     read_config,
@@ -153,7 +154,7 @@ def test_one_evaluation_episode_has_no_standard_error(tmp_path):
 def test_settings_survive_json():
     algorithm = ReinforceConfig(
         episodes_per_env=3,
-        credit="total-return",
+        credit="reward-to-go",
         baseline="none",
         discount=0.5,
         keep_leading_discount=True,
@@ -330,7 +331,7 @@ def test_number_of_updates_compiles_once(tmp_path):
 
     config = tiny(tmp_path)
     run = create_run(config, env=inner._replace(step=step))
-    state = run.program.init(initial_seeds(config))
+    state = initial_state(run)
     state, _ = run.program.advance(state, np.int32(1))
     first = len(traces)
     assert first > 0

@@ -183,3 +183,8 @@ def test_gradient_equals_finite_differences():
             mdp, policy, down
         )
         np.testing.assert_allclose(gradient[index], rise / (2 * step), atol=1e-8)
+
+
+def test_a_total_return_is_not_discounted_twice():
+    with pytest.raises(ValueError, match="counts discount\\^t already"):
+        ReinforceConfig(credit="total-return", discount=0.7, keep_leading_discount=True)

@@ -78,8 +78,9 @@ class ReinforceConfig:
     discount: float = 1.0
     """Weight of the next reward relative to this one, in [0, 1]."""
     keep_leading_discount: bool = False
-    """Weigh decision t by discount^t as well: the unbiased gradient of the discounted
-    return. Without it (usual practice) later decisions count like early ones."""
+    """With reward-to-go, weigh decision t by discount^t as well: the unbiased gradient
+    of the discounted return. Without it (usual practice) late decisions count like
+    early ones. A total return needs no such factor."""
     standardize: bool = False
     """Divide the weights by their standard deviation over the batch and subtract their
     mean: biased, popular."""
@@ -97,6 +98,11 @@ class ReinforceConfig:
         check_choice("credit", self.credit, CREDITS)
         check_choice("baseline", self.baseline, BASELINES)
         check_range("discount", self.discount, 0.0, 1.0)
+        if self.keep_leading_discount and self.credit == "total-return":
+            raise ValueError(
+                "keep_leading_discount is set, but credit is 'total-return', which "
+                "counts discount^t already; leave it out, or take credit 'reward-to-go'"
+            )
         check_range("learning_rate", self.learning_rate, 0.0, open_low=True)
         if self.max_grad_norm is not None:
             check_range("max_grad_norm", self.max_grad_norm, 0.0, open_low=True)
@@ -183,7 +189,8 @@ def reinforce_gradient(
     Returns:
         The gradient, a tree like `params`, and the credit that it used.
 
-    Bias: that of the baseline, at discount 1 and without `standardize`.
+    Bias: that of the baseline at discount 1, and for the discounted return also with a
+        total return or with `keep_leading_discount`; always biased with `standardize`.
 
     Reference: Williams 1992.
     """

@@ -150,6 +150,7 @@ def evaluate_in_gymnasium(
     *,
     greedy: bool = False,
     num_envs: int = 32,
+    max_steps: int | None = None,
 ) -> EpisodeResults:
     """Run whole episodes in the real Gymnasium environment, on the CPU.
 
@@ -161,6 +162,7 @@ def evaluate_in_gymnasium(
         num_episodes: at least 1; each environment runs its share of them, rounded up.
         greedy: act by the mode instead of drawing.
         num_envs: environments side by side.
+        max_steps: time limit in place of Gymnasium's own; None keeps that.
 
     Returns:
         Each episode's return and length.
@@ -170,7 +172,7 @@ def evaluate_in_gymnasium(
     """
     check_positive("num_episodes", num_episodes)
     num_envs = min(num_envs, num_episodes)
-    envs = [_make_gymnasium(name) for _ in range(num_envs)]
+    envs = [_make_gymnasium(name, max_steps) for _ in range(num_envs)]
     actor = as_greedy(policy) if greedy else policy
 
     @jax.jit
@@ -248,11 +250,11 @@ def summarize(results: EpisodeResults) -> dict[str, float]:
     }
 
 
-def _make_gymnasium(name: str) -> Any:
+def _make_gymnasium(name: str, max_steps: int | None) -> Any:
     import gymnasium
 
     try:
-        return gymnasium.make(name)
+        return gymnasium.make(name, max_episode_steps=max_steps)
     except gymnasium.error.Error as error:
         raise ValueError(
             f"Gymnasium cannot start {name!r}: {error}; leave out --gymnasium to "

@@ -36,7 +36,7 @@ from jaxpg.train.render import plot_learning_curve
 from jaxpg.train.run import (
     Run,
     create_run,
-    initial_seeds,
+    initial_state,
     load_params,
     open_run,
     restore_state,
@@ -94,14 +94,14 @@ def train(
     """
     run = create_run(config or TrainConfig(), env, policy)
     _say(show, f"run folder: {run.folder}")
-    state = run.program.init(initial_seeds(run.config))
-    return _finish(run, *_loop(run, state, 0, show), show)
+    return _finish(run, *_loop(run, initial_state(run), 0, show), show)
 
 
 def resume(
     folder: Path | str,
     *,
     num_updates: int | None = None,
+    from_update: int | None = None,
     env: Environment | None = None,
     policy: Policy | None = None,
     show: bool = True,
@@ -111,6 +111,7 @@ def resume(
     Args:
         folder: of the run.
         num_updates: a new length for the run; None keeps it.
+        from_update: go on from this checkpoint and drop later ones; None for the last.
         env: as for `train`, if the run was made with one.
         policy: as for `train`, if the run was made with one.
         show: whether to print progress.
@@ -123,18 +124,23 @@ def resume(
         NonFiniteError: if parameters or gradients become NaN or infinite.
     """
     run = open_run(folder, env, policy, num_updates=num_updates)
-    if num_updates is not None:
-        store_config(run)  # a later resume goes on to the new length
     for difference in differences(run.provenance, describe()):
         warnings.warn(
             f"this run may not continue to the same bits: {difference}", stacklevel=2
         )
-    step = run.checkpoints.latest_step()
-    if step is None:
-        state, step = run.program.init(initial_seeds(run.config)), 0
-    else:
-        state = restore_state(run, step)
+    step = run.checkpoints.latest_step() if from_update is None else from_update
+    state = initial_state(run) if step is None else restore_state(run, step)
+    step = step or 0
+    if run.config.num_updates < step:
+        raise ValueError(
+            f"num_updates is {run.config.num_updates}, but the run has made {step} "
+            f"already; needs at least {step}"
+        )
+    # Only now that the checkpoint was read is anything on disk touched.
+    run.checkpoints.rewind(step)
     RunLog(run.folder).rewind(step)
+    if num_updates is not None:
+        store_config(run)  # a later resume goes on to the new length
     _say(show, f"run folder: {run.folder} (continued from update {step})")
     return _finish(run, *_loop(run, state, step, show), show)
 

@@ -116,7 +116,7 @@ def build_program(
 
     everywhere = placement.replicated
     return Program(
-        jax.jit(_over_seeds(init, config.num_seeds), out_shardings=everywhere),
+        jax.jit(_over_seeds(init, config.num_seeds)),
         jax.jit(advance, donate_argnums=0, out_shardings=everywhere),
     )
 

@@ -205,6 +205,12 @@ def initial_seeds(config: TrainConfig) -> jax.Array:
     return config.seed + jnp.arange(config.num_seeds, dtype=jnp.int32)
 
 
+def initial_state(run: Run) -> TrainState:
+    """The state before the first update, placed on the run's devices."""
+    state = run.program.init(initial_seeds(run.config))
+    return jax.device_put(state, run.placement.replicated)
+
+
 def restore_state(run: Run, step: int) -> TrainState:
     """The state after `step` updates, placed on the run's devices."""
     template = jax.eval_shape(run.program.init, initial_seeds(run.config))
