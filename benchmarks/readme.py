@@ -51,11 +51,13 @@ def throughput() -> str:
     settings = stored["settings"]
     ceiling = stored["arithmetic_ceiling_steps_per_second"]
     lines = [
-        f"REINFORCE's whole update (rollout, returns, gradient, Adam) on "
+        f"REINFORCE's whole update (rollout, returns, gradient, step) on "
         f"{settings['env']}, actor of two hidden layers of 64, "
         f"{settings['num_envs']} environments, {settings['num_devices']} devices "
         f"({machine(stored)}), median of {settings['rounds']} rounds. Only real "
-        f"decisions count. The float32 matrix product runs at "
+        f"decisions count; there is no baseline, so that no weight is zero and no "
+        f"gradient skipped. Episodes step with Adam, {settings['num_steps']}-step "
+        f"segments plainly. The float32 matrix product runs at "
         f"{stored['matmul_gflops']:.0f} GFLOP/s there, which would allow "
         f"{ceiling / 1e6:.1f}M steps/s.",
         "",

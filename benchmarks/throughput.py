@@ -26,6 +26,7 @@ from jaxpg import envs
 from jaxpg.algos.reinforce import ReinforceConfig, reinforce
 from jaxpg.gradients import Chunks, score_gradient
 from jaxpg.policies import log_prob_fn, mlp_policy
+from jaxpg.returns import rewards_to_go, step_discounts
 from jaxpg.rollout import rollout_episodes, rollout_segments, start_segments
 from jaxpg.train.sharding import place
 
@@ -151,7 +152,7 @@ class Bench:
         @jax.jit
         def step(params: Any, state: Any) -> Any:
             rows, state = self.segments(params, state, num_steps)
-            weights = jnp.cumsum(rows.reward[:, ::-1], axis=1)[:, ::-1]
+            weights = jax.vmap(self.to_go)(rows)
             gradient = score_gradient(
                 log_probs,
                 params,
@@ -166,16 +167,25 @@ class Bench:
         self.steps[name] = num_slots * num_steps
         self.variants[name] = lambda: step(params, state)
 
+    def to_go(self, row: Any) -> Any:
+        return rewards_to_go(row.reward, step_discounts(row.ends, row.mask, 0.99))
+
     def segments(self, params: Any, state: Any, num_steps: int) -> Any:
         def on_one_device(shared: Any, part: Any) -> Any:
             params, key = shared
             if state is None:
-                part = start_segments(self.env, self.policy, key, part.shape[0])
+                part = start_segments(
+                    self.env, self.policy, key, self.options.num_envs, part
+                )
             return rollout_segments(
                 self.env, self.policy, params, key, part, num_steps, keep_next_obs=False
             )
 
-        part = jnp.arange(self.options.num_envs) if state is None else state
+        part = (
+            jnp.arange(self.options.num_envs, dtype=jnp.int32)
+            if state is None
+            else state
+        )
         shared = (params, jax.random.key(4))
         return self.placement.map_rows(on_one_device, shared, part)
 
