@@ -167,6 +167,13 @@ def test_gymnasium_runs_as_many_episodes_as_asked():
     assert one.returns.shape == (1,) and one.lengths[0] >= 8
 
 
+def test_gymnasium_keeps_the_runs_own_time_limit():
+    pytest.importorskip("gymnasium")
+    policy = constant_policy(0.0, 0.0)
+    short = evaluate_in_gymnasium("CartPole-v1", policy, EMPTY, 0, 4, max_steps=5)
+    assert short.lengths.tolist() == [5] * 4
+
+
 def test_continuous_actions_are_clipped_to_gymnasiums_box():
     pytest.importorskip("gymnasium")
     env = envs.make("Pendulum-v1")

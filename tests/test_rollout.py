@@ -598,6 +598,18 @@ def test_what_cannot_work_is_refused(call, sentence):
         call()
 
 
+def test_slots_apart_play_what_they_play_together():
+    """As on several devices: no episode is played twice, whoever holds its slot."""
+    together, _ = segment(start_segments(ENV, POLICY, KEY, 4), 12)
+    parts = [
+        segment(start_segments(ENV, POLICY, KEY, 4, jnp.array(ids, jnp.int32)), 12)[0]
+        for ids in ([0, 1], [2, 3])
+    ]
+    for whole, *apart in zip(*map(jax.tree.leaves, (together, *parts)), strict=True):
+        np.testing.assert_allclose(whole, np.concatenate(apart), rtol=1e-5)
+    assert together.episode_id.max() >= 4, "some slots must have begun a second episode"
+
+
 def test_rewards_arrive_at_the_decision_that_earned_them():
     env = delayed_reward()
     policy = mlp_policy(env.observation_space, env.action_space, hidden=())

@@ -500,6 +500,35 @@ def test_a_run_can_be_made_longer(tmp_path):
     assert read_config(short.folder)[0].num_updates == 7
 
 
+def test_a_damaged_checkpoint_is_passed_over_on_request(tmp_path):
+    whole = train(tiny(tmp_path, name="whole"), show=False)
+    train(tiny(tmp_path), show=False)
+    folder = tmp_path / "run"
+    largest = max(
+        (
+            p
+            for p in (folder / "checkpoints" / "step_0000000006").rglob("*")
+            if p.is_file()
+        ),
+        key=lambda p: p.stat().st_size,
+    )
+    largest.write_bytes(largest.read_bytes()[:-1])
+    before = contents(folder)
+    with pytest.raises(ValueError, match="4"):
+        resume(folder, num_updates=8, show=False)
+    assert contents(folder) == before, "a failed resume touches nothing"
+    result = resume(folder, from_update=4, show=False)
+    assert result.update == 6
+    assert_same_bits(last_params(folder), last_params(whole.folder))
+    assert [row["update"] for row in read_rows(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_cannot_become_shorter_than_it_is(tmp_path):
+    train(tiny(tmp_path), show=False)
+    with pytest.raises(ValueError, match="num_updates is 3, but the run has made 6"):
+        resume(tmp_path / "run", num_updates=3, show=False)
+
+
 def test_an_annealed_run_keeps_its_length(tmp_path):
     algorithm = ReinforceConfig(anneal=True)
     folder = train(
