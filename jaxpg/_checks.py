@@ -1,8 +1,9 @@
 """Argument checks and their error sentences.
 
 Every check answers four questions: which argument, what came, what is needed, and
-how to mend it. They run on static facts only (shapes, Python numbers), so under `jit`
-they cost nothing: they happen while tracing.
+how to mend it. They run on static facts (shapes, Python numbers) and on arrays that are
+known, so under `jit` they cost nothing: they happen while tracing, and values that are
+traced then pass unseen. What is wrong with those is counted in an update's info.
 """
 
 import difflib
@@ -10,13 +11,19 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 __all__ = [
     "check_choice",
     "check_divides",
+    "check_no_nan",
+    "check_not_empty",
     "check_positive",
     "check_range",
     "check_rank",
     "check_same_shape",
+    "is_concrete",
     "nearest",
 ]
 
@@ -63,6 +70,31 @@ def check_same_shape(**arrays: Any) -> None:
                 f"{name} has shape {array.shape}, but {first} has shape "
                 f"{reference.shape}: they must agree element by element"
             )
+
+
+def check_not_empty(name: str, array: Any, cure: str = "") -> None:
+    """Refuse arrays without an entry."""
+    if 0 in array.shape:
+        came = f"{name} has shape {array.shape}, which is empty"
+        raise ValueError(_sentence(came, "at least one entry", cure))
+
+
+def check_no_nan(name: str, array: Any, mask: Any = True) -> None:
+    """Refuse NaN where `mask` is set, in arrays that are known."""
+    if not is_concrete(array, mask):
+        return
+    with jax.ensure_compile_time_eval():  # a constant inside `jit` is known as well
+        count = int(jnp.sum(jnp.isnan(array) & mask))
+    if count:
+        raise ValueError(
+            f"{name} has {count} entries that are NaN, needs numbers; "
+            "where there is no decision use jnp.where(mask, x, 0.0)"
+        )
+
+
+def is_concrete(*arrays: Any) -> bool:
+    """Whether the values of all arrays are known, not traced."""
+    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
 def check_divides(

@@ -27,16 +27,19 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from jaxpg._batching import anywhere
-from jaxpg._checks import check_positive
+from jaxpg._checks import check_positive, check_rank
 from jaxpg.types import Params, PyTree
 
 __all__ = [
     "Chunks",
     "LogProbFn",
     "SumOverRows",
+    "check_rows",
     "score_gradient",
+    "score_gradients",
     "sum_over_chunks",
     "trajectory_gradients",
+    "weigh",
 ]
 
 LogProbFn = Callable[[Params, PyTree], Array]
@@ -205,18 +208,75 @@ def score_gradient(
     >>> score_gradient(log_prob_fn, jnp.array(0.0), x, weights).item()
     21.0
     """
-    _check_rows(rows, weights)
+    check_rows(rows, weights)
     weights = jax.lax.stop_gradient(weights)
 
     def surrogate(params: Params, chunk: tuple[PyTree, Array]) -> Array:
         chunk_rows, chunk_weights = chunk
         log_probs = jax.vmap(log_prob_fn, (None, 0))(params, chunk_rows)
-        return jnp.sum(_weigh(chunk_weights, log_probs))
+        return jnp.sum(weigh(chunk_weights, log_probs))
 
     total = sum_over_rows(
         jax.grad(surrogate), params, (rows, weights), weights != 0.0, chunks
     )
     count = weights.shape[0] if num_trajectories is None else num_trajectories
+    return jax.tree.map(lambda x: x / jnp.asarray(count, x.dtype), total)
+
+
+def score_gradients(
+    log_prob_fn: LogProbFn,
+    params: Params,
+    rows: PyTree,
+    weights: Float[Array, "K B T"],
+    *,
+    num_trajectories: int | Array | None = None,
+    chunks: Chunks = ALL_AT_ONCE,
+    sum_over_rows: SumOverRows = sum_over_chunks,
+) -> Params:
+    """K gradients of the same rows under K weightings: one forward pass for all.
+
+    Args:
+        log_prob_fn: log-probability of each decision of one row, [T], in nats.
+        params: where to take the gradients.
+        rows: what `log_prob_fn` reads, with B in front of every leaf.
+        weights: K numbers per decision, held constant.
+        num_trajectories: N; the number of rows unless rows pack several episodes.
+        chunks: how many decisions are worked on together.
+        sum_over_rows: how sums over rows are taken.
+
+    Returns:
+        A tree like `params` with K in front: `score_gradient` of each weighting.
+
+    Raises:
+        ValueError: if weights are not [K, B, T] with the rows' own B.
+
+    Bias: none of its own; exactly that of the weights.
+
+    >>> log_prob_fn = lambda mean, x: -0.5 * (x - mean) ** 2
+    >>> x, weights = jnp.array([[1.0, 2.0]]), jnp.array([[[1.0, 10.0]], [[1.0, 1.0]]])
+    >>> score_gradients(log_prob_fn, jnp.array(0.0), x, weights).tolist()
+    [21.0, 3.0]
+    """
+    check_rank("weights", weights, 3, "(K, B, T) = K weightings of a batch")
+    check_rows(rows, weights[0])
+    # Rows in front, and time behind them, so that chunks may cut both.
+    by_row = jnp.transpose(jax.lax.stop_gradient(weights), (1, 2, 0))
+
+    def pulled_back(params: Params, chunk: tuple[PyTree, Array]) -> Params:
+        chunk_rows, chunk_weights = chunk
+
+        def log_probs(params: Params) -> Array:
+            log_prob = jax.vmap(log_prob_fn, (None, 0))(params, chunk_rows)
+            _check_one_per_decision(chunk_weights[..., 0], log_prob)
+            return jnp.where(_is_weighed(chunk_weights), log_prob, 0.0)
+
+        log_prob, pull_back = jax.vjp(log_probs, params)
+        cotangents = jnp.moveaxis(chunk_weights, -1, 0).astype(log_prob.dtype)
+        return jax.vmap(pull_back)(cotangents)[0]
+
+    active = _is_weighed(by_row)
+    total = sum_over_rows(pulled_back, params, (rows, by_row), active, chunks)
+    count = weights.shape[1] if num_trajectories is None else num_trajectories
     return jax.tree.map(lambda x: x / jnp.asarray(count, x.dtype), total)
 
 
@@ -244,26 +304,46 @@ def trajectory_gradients(
     >>> trajectory_gradients(log_prob_fn, jnp.array(0.0), x, weights).tolist()
     [1.0, 2.0]
     """
-    _check_rows(rows, weights)
+    check_rows(rows, weights)
 
     def surrogate(params: Params, row: PyTree, row_weights: Array) -> Array:
-        return jnp.sum(_weigh(row_weights, log_prob_fn(params, row)))
+        return jnp.sum(weigh(row_weights, log_prob_fn(params, row)))
 
     weights = jax.lax.stop_gradient(weights)
     return jax.vmap(jax.grad(surrogate), (None, 0, 0))(params, rows, weights)
 
 
-def _weigh(weights: Array, log_probs: Array) -> Array:
-    """weights * log_probs, where a weight of 0 hides even an infinite log_prob."""
+def weigh(
+    weights: Float[Array, "*B"], log_probs: Float[Array, "..."]
+) -> Float[Array, "*B"]:
+    """weights * log_probs, where a weight of 0 hides even an infinite log_prob.
+
+    Raises:
+        ValueError: if there is not one log-probability per weight.
+    """
+    _check_one_per_decision(weights, log_probs)
+    return weights * jnp.where(weights != 0.0, log_probs, 0.0)
+
+
+def _is_weighed(weights: Array) -> Array:
+    """Whether any of the weightings, which stand last, counts a decision."""
+    return jnp.any(weights != 0.0, axis=-1)
+
+
+def _check_one_per_decision(weights: Array, log_probs: Array) -> None:
     if weights.shape != log_probs.shape:
         raise ValueError(
             f"weights have shape {weights.shape}, but log_prob_fn gives "
             f"{log_probs.shape}; it must give one log-probability per decision, [T]"
         )
-    return weights * jnp.where(weights != 0.0, log_probs, 0.0)
 
 
-def _check_rows(rows: PyTree, weights: Array) -> None:
+def check_rows(rows: PyTree, weights: Array) -> None:
+    """Refuse weights that are no [B, T], or rows with another B.
+
+    Raises:
+        ValueError: naming the leaf that does not fit.
+    """
     if weights.ndim != 2:
         raise ValueError(
             f"weights have shape {weights.shape}, needs (B, T) = one number per "

@@ -11,6 +11,7 @@ seen through its own ratios. The other forms drop some ratios, and with them var
     causal            sum_{u >= t} r[u] exp(L[u])                   exact
     future dropped    exp(L[t]) * G[t]                              states pi, Q mu
     past dropped      sum_{u >= t} r[u] prod_{t <= v <= u} rho[v]   states mu, Q pi
+                      or, not causal, prod_{u >= t} rho[u] * G[t]   the same
     first order       rho[t] * G[t]                                 states mu, Q mu
 
 Course slides often print the causal form as exp(L[t]) * sum_{u >= t} r[u] prod_{v=t..u}
@@ -29,7 +30,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpg._checks import check_range, check_rank, check_same_shape
+from jaxpg._checks import (
+    check_no_nan,
+    check_range,
+    check_rank,
+    check_same_shape,
+    is_concrete,
+)
 from jaxpg.returns import ONE_ROW, at_episode_start, suffix_recurrence
 
 __all__ = [
@@ -38,8 +45,11 @@ __all__ = [
     "cumulative_log_rhos",
     "effective_sample_size",
     "episode_log_rhos",
+    "finite_log_rhos",
+    "log_of_ratios",
     "log_ratios",
     "past_dropped_weights",
+    "remaining_log_rhos",
     "to_weights",
     "truncate_log_rhos",
 ]
@@ -74,7 +84,40 @@ def log_ratios(
         log_probs=log_probs, behaviour_log_probs=behaviour_log_probs, mask=mask
     )
     difference = jnp.where(mask, log_probs - behaviour_log_probs, 0.0)
-    return jax.lax.stop_gradient(_finite(difference))
+    return jax.lax.stop_gradient(finite_log_rhos(difference))
+
+
+def log_of_ratios(rhos: Float[Array, "..."]) -> Float[Array, "..."]:
+    """log rho for ratios that are given as such; -1e4 for a ratio of 0.
+
+    Args:
+        rhos: ratios pi / mu, at least 0.
+
+    Raises:
+        ValueError: if a known ratio is negative or NaN.
+
+    >>> log_of_ratios(jnp.array([1.0, 0.0])).tolist()
+    [0.0, -10000.0]
+    """
+    check_no_nan("rhos", rhos)
+    if is_concrete(rhos):
+        with jax.ensure_compile_time_eval():
+            least = float(jnp.min(rhos, initial=jnp.inf))
+        if least < 0.0:
+            raise ValueError(
+                f"rhos holds {least:g}, needs ratios of at least 0; if these are "
+                "log-ratios already, they need no log_of_ratios"
+            )
+    return finite_log_rhos(jnp.log(rhos))
+
+
+def finite_log_rhos(log_rhos: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A ratio of exactly 0 or infinity as a finite log: 0 * inf is NaN, and spreads.
+
+    >>> finite_log_rhos(jnp.array([-jnp.inf, 0.5])).tolist()
+    [-10000.0, 0.5]
+    """
+    return jnp.clip(log_rhos, -1e4, 1e4)
 
 
 def truncate_log_rhos(
@@ -139,7 +182,7 @@ def cumulative_log_rhos(
     check_rank("log_rhos", log_rhos, 1, ONE_ROW)
     check_same_shape(log_rhos=log_rhos, time=time)
     continues = (time > 0).astype(log_rhos.dtype)
-    return suffix_recurrence(_finite(log_rhos)[::-1], continues[::-1])[::-1]
+    return suffix_recurrence(finite_log_rhos(log_rhos)[::-1], continues[::-1])[::-1]
 
 
 def episode_log_rhos(
@@ -161,8 +204,33 @@ def episode_log_rhos(
     >>> episode_log_rhos(log_rhos, jnp.array([False, True, True]), time).tolist()
     [3.0, 3.0, 4.0]
     """
+    return at_episode_start(remaining_log_rhos(log_rhos, ends), time)
+
+
+def remaining_log_rhos(
+    log_rhos: Float[Array, "T"], ends: Bool[Array, "T"]
+) -> Float[Array, "T"]:
+    """sum_{u >= t} log rho[u]: this and all later ratios of the episode.
+
+    `to_weights(remaining_log_rhos(...))` times reward-to-go drops the past's ratios
+    without using causality; `past_dropped_weights` uses it.
+
+    Args:
+        log_rhos: one log-ratio per decision.
+        ends: whether decision t was the last of its episode.
+
+    Returns:
+        The log of the product of this and all later ratios of the episode.
+
+    Bias: with reward-to-go biased; its limit has the states of mu and the Q of pi.
+
+    >>> ends = jnp.array([False, True, True])
+    >>> remaining_log_rhos(jnp.array([1.0, 2.0, 4.0]), ends).tolist()
+    [3.0, 2.0, 4.0]
+    """
+    check_same_shape(log_rhos=log_rhos, ends=ends)
     continues = (~ends).astype(log_rhos.dtype)
-    return at_episode_start(suffix_recurrence(_finite(log_rhos), continues), time)
+    return suffix_recurrence(finite_log_rhos(log_rhos), continues)
 
 
 def causal_weights(
@@ -263,8 +331,3 @@ def effective_sample_size(log_weights: Float[Array, "N"]) -> Float[Array, ""]:
     finite = jnp.clip(log_weights, -1e5, 1e5)
     weights = jnp.exp(finite - jnp.max(finite))
     return jnp.sum(weights) ** 2 / jnp.sum(weights**2)
-
-
-def _finite(log_rhos: Array) -> Array:
-    """A ratio of exactly 0 or infinity as a finite log: 0 * inf is NaN, and spreads."""
-    return jnp.clip(log_rhos, -1e4, 1e4)

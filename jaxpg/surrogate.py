@@ -29,12 +29,13 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from jaxpg._checks import (
     check_choice,
+    check_no_nan,
     check_positive,
     check_range,
     check_rank,
     check_same_shape,
 )
-from jaxpg.gradients import LogProbFn, _check_rows, _weigh
+from jaxpg.gradients import LogProbFn, check_rows, weigh
 from jaxpg.returns import leading_discounts, suffix_recurrence
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
@@ -100,10 +101,10 @@ def surrogate(
     >>> jax.grad(surrogate, 1)(log_prob_fn, jnp.array(0.0), x, weights).item()
     21.0
     """
-    _check_rows(rows, weights)
-    _check_no_nan("weights", weights)
+    check_rows(rows, weights)
+    check_no_nan("weights", weights)
     log_probs = jax.vmap(log_prob_fn, (None, 0))(params, rows)
-    total = jnp.sum(_weigh(jax.lax.stop_gradient(weights), log_probs))
+    total = jnp.sum(weigh(jax.lax.stop_gradient(weights), log_probs))
     return _per_trajectory(total, weights.shape[0], num_trajectories)
 
 
@@ -400,8 +401,8 @@ def dice_objective(
     check_same_shape(
         **{"rows.reward": rows.reward, "rows.mask": rows.mask, "baseline": baseline}
     )
-    _check_no_nan("baseline", baseline, rows.mask)
-    _check_no_nan("rows.reward", rows.reward, rows.mask)
+    check_no_nan("baseline", baseline, rows.mask)
+    check_no_nan("rows.reward", rows.reward, rows.mask)
 
     def of_row(row: Trajectory, baseline: Array) -> Array:
         log_probs = log_prob_fn(params, row)
@@ -450,16 +451,3 @@ def _per_trajectory(
     if isinstance(count, int):
         check_positive("num_trajectories", count)
     return total / jnp.asarray(count, total.dtype)
-
-
-def _check_no_nan(name: str, array: Array, mask: Array | bool = True) -> None:
-    """Refuse NaN where it can be seen: values under `jit` show it in the result."""
-    if any(isinstance(x, jax.core.Tracer) for x in (array, mask)):
-        return
-    with jax.ensure_compile_time_eval():  # a constant inside `jit` can be seen as well
-        count = int(jnp.sum(jnp.isnan(array) & mask))
-    if count:
-        raise ValueError(
-            f"{name} has {count} entries that are NaN, needs numbers; "
-            "where there is no decision use jnp.where(mask, x, 0.0)"
-        )

@@ -19,20 +19,14 @@ from jaxpg import exact, importance
 from jaxpg.envs import Discrete
 from jaxpg.envs.tabular import random_mdp
 from jaxpg.gradients import score_gradient
-from jaxpg.policies import categorical_head, from_apply, log_prob_fn
+from jaxpg.policies import log_prob_fn, tabular_policy
 from jaxpg.returns import episode_returns, rewards_to_go, step_discounts
 
 MDP_SETTINGS = {"seed": 5, "num_states": 3, "horizon": 3}
 
 
 def make_policy(mdp):
-    num_states, num_actions = mdp.reward.shape
-
-    def init(key, obs):
-        return jax.random.normal(key, (num_states, num_actions))
-
-    head = categorical_head(Discrete(num_actions))
-    return from_apply(init, lambda table, state: table[state], head)
+    return tabular_policy(*(Discrete(n) for n in mdp.reward.shape))
 
 
 def whole_total(row, log_rhos, discounts):
@@ -253,6 +247,8 @@ def test_no_derivative_flows_through_ratios():
     ("function", "arguments", "words"),
     [
         ("truncate_log_rhos", (jnp.zeros(2), -1.0), "max_rho is -1.0, needs"),
+        ("log_of_ratios", (jnp.array([1.0, -2.0]),), "rhos holds -2, needs"),
+        ("log_of_ratios", (jnp.array([jnp.nan]),), "rhos has 1 entries that are NaN"),
         ("cumulative_log_rhos", (jnp.zeros(2), jnp.zeros(3, int)), "time has shape"),
         ("cumulative_log_rhos", (jnp.zeros((1, 2)), jnp.zeros((1, 2), int)), "vmap"),
         ("effective_sample_size", (jnp.zeros((1, 2)),), "log_weights has shape"),

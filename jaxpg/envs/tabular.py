@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxpg._checks import check_positive, check_range, check_rank
+from jaxpg._checks import check_positive, check_range, check_rank, is_concrete
 from jaxpg.envs.base import Discrete, Environment
 from jaxpg.types import PRNGKey, StepOutput
 
@@ -79,7 +79,7 @@ def check_mdp(mdp: TabularMDP) -> None:
         observations = mdp.emission.shape[1]
         _check_shape("emission", mdp.emission, (states, observations), "(S, O)")
         _check_distributions("emission", mdp.emission)
-    if _is_concrete(mdp.initial, mdp.terminal):
+    if is_concrete(mdp.initial, mdp.terminal):
         at_the_end = np.asarray(mdp.initial)[np.asarray(mdp.terminal)]
         if (at_the_end > 0.0).any():
             raise ValueError(
@@ -256,7 +256,7 @@ def _check_shape(name: str, array: Any, shape: tuple[int, ...], meaning: str) ->
 
 def _check_distributions(name: str, array: Any) -> None:
     """Refuse rows (along the last axis) that are no distributions."""
-    if not _is_concrete(array):
+    if not is_concrete(array):
         return
     rows = np.asarray(array, np.float64)
     if not (rows >= 0.0).all():
@@ -272,7 +272,3 @@ def _check_distributions(name: str, array: Any) -> None:
             f"{name}{place or ''} sums to {sums[wrong][0]:g}, needs 1; divide each row "
             "by its sum, .sum(-1, keepdims=True)"
         )
-
-
-def _is_concrete(*arrays: Any) -> bool:
-    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
