@@ -34,6 +34,7 @@ __all__ = [
     "head_for",
     "log_prob_fn",
     "mlp_policy",
+    "tabular_policy",
 ]
 
 
@@ -180,6 +181,39 @@ def from_apply(
         return jax.vmap(distribution, (None, 0))(params, trajectory.obs)
 
     return Policy(init_both, lambda: None, step, unroll)
+
+
+def tabular_policy(observation_space: Discrete, action_space: Discrete) -> Policy:
+    """One free logit for every pair of an observation's number and an action.
+
+    Args:
+        observation_space: numbered observations.
+        action_space: numbered actions.
+
+    Returns:
+        A memoryless policy whose network params are a table [O, A]; drawn normal.
+
+    Raises:
+        ValueError: if a space is not `Discrete`.
+
+    >>> policy = tabular_policy(Discrete(3), Discrete(2))
+    >>> policy.init(jax.random.key(0), jnp.array(0))["network"].shape
+    (3, 2)
+    """
+    for name, space in (("observation", observation_space), ("action", action_space)):
+        if not isinstance(space, Discrete):
+            raise ValueError(
+                f"{name}_space is {space!r}, needs Discrete; for others use mlp_policy"
+            )
+    shape = (observation_space.n, action_space.n)
+
+    def init(key: PRNGKey, obs: PyTree) -> Array:
+        del obs
+        return jax.random.normal(key, shape)
+
+    return from_apply(
+        init, lambda table, obs: table[obs], categorical_head(action_space)
+    )
 
 
 def from_linen(module: Any, head: Head) -> Policy:

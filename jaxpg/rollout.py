@@ -13,7 +13,8 @@ holds one episode, masked after its end.
 `rollout_segments` continues M auto-resetting slots for T steps, whatever ends within.
 
 Randomness belongs to the episode: episode i uses `fold_in(key, i)`, and its decision t
-`fold_in` of that with t. Slots, chunks and devices therefore never change the sample.
+`fold_in` of that with t; only the reset is the first episode's of a group, where there
+are groups. Slots, chunks and devices therefore never change the sample.
 
 Capacity. N episodes of at most L decisions need at most K * L turns, K = ceil(N / M):
 after (K - 1) * L turns every slot has finished K - 1 episodes or found the queue empty,
@@ -101,6 +102,7 @@ def rollout_episodes(
     episode_ids: Int[Array, "N"],
     *,
     num_slots: int | None = None,
+    group_size: int = 1,
     keep_next_obs: bool = False,
 ) -> Trajectory:
     """Sample whole episodes, each counted exactly once, packed into rows.
@@ -112,22 +114,26 @@ def rollout_episodes(
         key: the key that all episodes derive from.
         episode_ids: which episodes to sample; also the order of the queue.
         num_slots: M, rows that work side by side; None gives every episode its own.
+        group_size: episodes i with the same `i // group_size` begin alike, in the
+            environment's state and the first observation; see `jaxpg.groups`.
         keep_next_obs: whether to keep `next_obs`, which doubles the observations.
 
     Returns:
         A batch of M rows of ceil(N / M) * max_steps slots; `mask` marks the decisions.
 
     Raises:
-        ValueError: if the environment does not bound its episodes, or M is not in
-            1 .. N.
+        ValueError: if the environment does not bound its episodes, M is not in
+            1 .. N, or the group size is not a positive whole number.
 
-    Bias: none; the N episodes are independent draws from the policy's own law.
+    Bias: none; the N episodes are draws from the policy's own law, independent but for
+        the start that a group shares.
     """
     num_episodes = episode_ids.shape[0]
     check_positive("number of episode_ids", num_episodes)
+    check_positive("group_size", group_size)
     num_slots = num_episodes if num_slots is None else num_slots
     capacity = _capacity(env, num_episodes, num_slots)
-    restart = jax.vmap(lambda i: _start_episode(env, policy, key, i))
+    restart = jax.vmap(lambda i: _start_episode(env, policy, key, i, group_size))
     slots = restart(episode_ids[:num_slots])
     decide = jax.vmap(lambda slot: _decide(env, policy, params, slot, keep_next_obs))
     buffer = _empty_buffer(decide, slots, capacity)
@@ -245,9 +251,16 @@ def rollout_segments(
 
 
 def _start_episode(
-    env: Environment, policy: Policy, key: PRNGKey, episode_id: Array
+    env: Environment,
+    policy: Policy,
+    key: PRNGKey,
+    episode_id: Array,
+    group_size: int = 1,
 ) -> Slot:
     key_episode, key_reset = jax.random.split(jax.random.fold_in(key, episode_id))
+    if group_size > 1:  # the reset of the group's first episode, for all of them
+        first = episode_id - episode_id % group_size
+        _, key_reset = jax.random.split(jax.random.fold_in(key, first))
     env_state, obs = env.reset(key_reset)
     time = jnp.zeros((), jnp.int32)
     return Slot(key_episode, env_state, obs, policy.initial_carry(), time, episode_id)

@@ -1,19 +1,36 @@
 """Baselines by hand on packed rows, and packing against one episode per row."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpg.algos.reinforce import BASELINES, make_baseline
 from jaxpg.baselines import (
+    apply_baseline,
     batch_mean_baseline,
     constant_baseline,
     leave_one_out_baseline,
     no_baseline,
     time_dependent_baseline,
 )
+from jaxpg.credit import Credit
+from jaxpg.envs import Discrete
+from jaxpg.estimators import make_baseline
+from jaxpg.policies import tabular_policy
 from jaxpg.types import Trajectory
+
+# Means: those that need scores are tested in test_optimal.py.
+MEANS = [
+    "time-dependent",
+    "time-dependent-plain",
+    "leave-one-out",
+    "batch-mean",
+    "none",
+]
+POLICY = tabular_policy(Discrete(2), Discrete(2))
 
 MAX_STEPS = 3
 
@@ -36,9 +53,22 @@ PACKED = batch(
 CREDIT = jnp.array([[5.0, 3.0, 7.0, 100.0], [9.0, 6.0, 2.0, 200.0]])
 
 
+def with_reach(credit, trajectories):
+    """On policy: a reach of 1 on every decision, and none in empty slots."""
+    mask = trajectories.mask
+    return Credit(jnp.where(mask, credit, 0.0), mask.astype(credit.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def of_whole_batch(baseline, state, trajectories, credit):
+    summary = baseline.summarize(None, trajectories, credit)
+    return baseline.predict(None, state, summary, trajectories, credit)
+
+
 def predict(baseline, trajectories=PACKED, credit=CREDIT):
     state = baseline.init(jax.random.key(0), jnp.zeros(1))
-    prediction = jax.jit(baseline.predict)(state, trajectories, credit)
+    with_ones = with_reach(credit, trajectories)
+    prediction = of_whole_batch(baseline, state, trajectories, with_ones)
     assert prediction.shape == credit.shape and prediction.dtype == credit.dtype
     return np.where(trajectories.mask, prediction, np.nan)
 
@@ -92,11 +122,12 @@ def test_a_single_trajectory_has_no_others_and_gets_zero(baseline):
     np.testing.assert_array_equal(prediction, [[0.0, 0.0]])
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", MEANS)
 def test_an_empty_batch_gives_finite_numbers(name):
     empty = batch(time=[[0, 0]], mask=[[0, 0]])
-    state, credit = (), jnp.array([[3.0, 4.0]])
-    assert np.isfinite(make_baseline(name, 2).predict(state, empty, credit)).all()
+    credit = with_reach(jnp.array([[3.0, 4.0]]), empty)
+    prediction = of_whole_batch(make_baseline(name, POLICY, 2), (), empty, credit)
+    assert np.isfinite(prediction).all()
 
 
 LENGTHS = (2, 1, 3, 1, 1, 3)
@@ -118,11 +149,11 @@ def packed():
     return batch(source[..., 1], mask), (source[..., 0], source[..., 1])
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", MEANS)
 def test_packed_episodes_get_what_they_get_one_per_row(name):
     rows, (packed_rows, source) = one_per_row(), packed()
     credit = jax.random.normal(jax.random.key(0), rows.time.shape)
-    baseline = make_baseline(name, MAX_STEPS)
+    baseline = make_baseline(name, POLICY, MAX_STEPS)
     expected = np.asarray(predict(baseline, rows, credit))[source]
     prediction = predict(baseline, packed_rows, credit[source])
     np.testing.assert_allclose(
@@ -130,9 +161,9 @@ def test_packed_episodes_get_what_they_get_one_per_row(name):
     )
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", MEANS)
 def test_empty_slots_are_not_counted(name):
-    baseline = make_baseline(name, MAX_STEPS)
+    baseline = make_baseline(name, POLICY, MAX_STEPS)
     wild = jnp.where(PACKED.mask, CREDIT, -1e6)
     np.testing.assert_array_equal(
         predict(baseline, credit=wild), predict(baseline, credit=CREDIT)
@@ -142,11 +173,12 @@ def test_empty_slots_are_not_counted(name):
 @pytest.mark.parametrize("name", ["leave-one-out", "time-dependent"])
 def test_no_derivative_of_the_own_credit(name):
     """What makes them unbiased: a decision's baseline does not read its own credit."""
-    baseline = make_baseline(name, MAX_STEPS)
-    state = baseline.init(jax.random.key(0), jnp.zeros(1))
-    jacobian = jax.jacobian(lambda credit: baseline.predict(state, PACKED, credit))(
-        CREDIT
-    )
+    baseline = make_baseline(name, POLICY, MAX_STEPS)
+
+    def prediction(credit):
+        return of_whole_batch(baseline, (), PACKED, with_reach(credit, PACKED))
+
+    jacobian = jax.jacobian(prediction)(CREDIT)
     episode = np.array([[0, 0, 1, 3], [2, 2, 2, 4]])
     same = episode[:, :, None, None] == episode
     np.testing.assert_array_equal(
@@ -155,16 +187,17 @@ def test_no_derivative_of_the_own_credit(name):
     assert np.abs(jacobian).max() > 0.1, "it must read the others'"
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", MEANS)
 def test_nothing_is_learned(name):
-    baseline = make_baseline(name, MAX_STEPS)
+    baseline = make_baseline(name, POLICY, MAX_STEPS)
     state = baseline.init(jax.random.key(0), jnp.zeros(1))
-    assert baseline.fit(state, PACKED, CREDIT) == (state, {})
+    credit = with_reach(CREDIT, PACKED)
+    assert baseline.fit(state, PACKED, credit) == (state, {})
 
 
 def test_each_knows_how_many_trajectories_it_needs():
     needs = {
-        name: make_baseline(name, MAX_STEPS).min_trajectories for name in BASELINES
+        name: make_baseline(name, POLICY, MAX_STEPS).min_trajectories for name in MEANS
     }
     assert needs == {
         "time-dependent": 2,
@@ -183,4 +216,46 @@ def test_wrong_max_steps_is_refused(wrong):
 
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match=r"'leave-one-ou', unknown.*'leave-one-out'"):
-        make_baseline("leave-one-ou", 3)
+        make_baseline("leave-one-ou", POLICY, 3)
+
+
+# Off policy: the mean is over reach, and a baseline never sees its own part.
+
+
+def test_off_policy_means_are_weighted_by_reach():
+    # rows of one decision; values 2, 6, 20 with reaches 1, 2, 5
+    rows = batch(time=[[0], [0], [0]], mask=[[1], [1], [1]])
+    credit = Credit(jnp.array([[2.0], [6.0], [20.0]]), jnp.array([[1.0], [2.0], [5.0]]))
+    others = of_whole_batch(leave_one_out_baseline(), (), rows, credit)
+    np.testing.assert_allclose(others, [[26 / 7], [22 / 6], [8 / 3]], rtol=1e-6)
+    everyone = of_whole_batch(batch_mean_baseline(), (), rows, credit)
+    np.testing.assert_allclose(everyone, 28 / 8, rtol=1e-6)
+
+
+def test_others_without_weight_count_as_none():
+    rows = batch(time=[[0], [0]], mask=[[1], [1]])
+    credit = Credit(jnp.array([[3e8], [1.0]]), jnp.array([[1e8], [1e-8]]))
+    levels = of_whole_batch(leave_one_out_baseline(), (), rows, credit)
+    np.testing.assert_allclose(levels, [[0.0], [3.0]], rtol=1e-6)
+
+
+def test_summaries_of_parts_add_up_to_that_of_the_whole():
+    rows = one_per_row()
+    credit = with_reach(jax.random.normal(jax.random.key(0), rows.time.shape), rows)
+    for name in MEANS:
+        baseline = make_baseline(name, POLICY, MAX_STEPS)
+        whole = baseline.summarize(None, rows, credit)
+        parts = [
+            baseline.summarize(None, *jax.tree.map(lambda x, i=i: x[i], (rows, credit)))
+            for i in (slice(0, 2), slice(2, 6))
+        ]
+        chex.assert_trees_all_close(
+            jax.tree.map(jnp.add, *parts), whole, rtol=1e-6, atol=1e-6
+        )
+
+
+def test_weights_are_value_less_reach_times_baseline():
+    credit = Credit(jnp.array([[5.0, 7.0]]), jnp.array([[2.0, 3.0]]))
+    rows = batch(time=[[0, 1]], mask=[[1, 0]])
+    weights = apply_baseline(constant_baseline(1.5), None, (), rows, credit)
+    np.testing.assert_array_equal(weights, [[5.0 - 2.0 * 1.5, 0.0]])

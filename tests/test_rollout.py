@@ -620,3 +620,57 @@ def test_rewards_arrive_at_the_decision_that_earned_them():
     np.testing.assert_array_equal(episodes.reward[0], [0, 1, 0, 1])
     np.testing.assert_array_equal(episodes.terminated[0], [0, 1, 0, 1])
     np.testing.assert_array_equal(episodes.mask, [[1, 1, 1, 1], [1, 1, 0, 0]])
+
+
+# Groups.
+
+
+def grouped(group_size, num_slots=None):
+    ids = jnp.arange(N, dtype=jnp.int32)
+    return quick(
+        lambda params: rollout_episodes(
+            ENV,
+            POLICY,
+            params,
+            KEY,
+            ids,
+            num_slots=num_slots,
+            group_size=group_size,
+            keep_next_obs=True,
+        )
+    )(PARAMS)
+
+
+def test_a_groups_episodes_begin_alike_and_go_on_by_themselves(one_per_row):
+    in_threes = grouped(3)
+    starts = np.asarray(in_threes.obs[:, 0]).reshape(3, 3, -1)
+    np.testing.assert_array_equal(starts, starts[:, :1] + np.zeros((1, 3, 1)))
+    alone = np.asarray(one_per_row.obs[:, 0])
+    np.testing.assert_array_equal(starts[:, 0], alone[::3])
+    assert len(np.unique(alone[::3, 0])) > 1 and not np.array_equal(alone[1], alone[0])
+    each = decisions(in_threes)
+    assert len(np.unique(each.reward)) == len(each.reward)
+
+
+def test_of_a_group_the_first_episode_is_the_one_without_groups(one_per_row):
+    first = np.asarray(one_per_row.episode_id) % 3 == 0
+    some, same = (
+        x._replace(mask=x.mask & first) for x in (grouped(3, None), one_per_row)
+    )
+    assert_same_decisions(some, same)
+
+
+def test_groups_are_the_same_in_any_number_of_slots():
+    assert_same_decisions(grouped(3, 2), grouped(3))
+
+
+def test_without_groups_each_episode_draws_its_own_reset(one_per_row):
+    jax.tree.map(np.testing.assert_array_equal, grouped(1), one_per_row)
+    for i in range(N):
+        key_reset = jax.random.split(jax.random.fold_in(KEY, i))[1]
+        np.testing.assert_array_equal(one_per_row.obs[i, 0], ENV.reset(key_reset)[1])
+
+
+def test_a_group_needs_a_size():
+    with pytest.raises(ValueError, match=r"^group_size is 0, needs a whole"):
+        grouped(0)

@@ -1,0 +1,64 @@
+"""Episodes out of packed rows: one trajectory per row, for whoever needs scores."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxpg._checks import check_positive, check_rank
+from jaxpg.types import Trajectory
+
+__all__ = ["split_episodes"]
+
+
+def split_episodes(
+    trajectories: Trajectory, num_episodes: int, max_steps: int
+) -> Trajectory:
+    """The same episodes, one per row, in the order in which rows hold them.
+
+    Args:
+        trajectories: rows of whole episodes, several to a row or not.
+        num_episodes: N, how many there are.
+        max_steps: the most decisions that one of them takes.
+
+    Returns:
+        N rows of `max_steps` slots, masked after each one's end. A row without an
+        episode, where there are fewer than N, is masked altogether.
+
+    Raises:
+        ValueError: if a count is not positive or the rows are no batch.
+
+    >>> time, yes = jnp.array([[0, 1, 0]]), jnp.ones((1, 3), bool)
+    >>> x = jnp.array([[5.0, 6.0, 7.0]])
+    >>> rows = Trajectory(x, x, x, x, ~yes, ~yes, yes, time, time)
+    >>> split_episodes(rows, 2, 2).mask.tolist()
+    [[True, True], [True, False]]
+    """
+    check_positive("num_episodes", num_episodes)
+    check_positive("max_steps", max_steps)
+    check_rank("mask", trajectories.mask, 2, "(B, T) = a batch of rows")
+    num_rows, length = trajectories.mask.shape
+    size = num_rows * length
+    (first,) = jnp.nonzero(
+        trajectories.starts.reshape(-1), size=num_episodes, fill_value=size
+    )
+    row = jnp.minimum(first // length, num_rows - 1)
+    steps = jnp.arange(max_steps, dtype=first.dtype)
+    slot = (first - row * length)[:, None] + steps[None, :]
+    inside = jnp.minimum(slot, length - 1)
+
+    def pick(x: Array) -> Array:
+        return x[row[:, None], inside]
+
+    carry = jax.tree.map(lambda x: x[row], trajectories.carry)
+    picked = jax.tree.map(pick, trajectories._replace(carry=None))
+    # A slot of the same episode holds its own step number; the next one starts again.
+    own = (
+        (slot < length)
+        & picked.mask
+        & (picked.time == steps.astype(picked.time.dtype)[None, :])
+    )
+    return picked._replace(
+        mask=own & (first < size)[:, None],
+        time=jnp.broadcast_to(steps.astype(picked.time.dtype), own.shape),
+        carry=carry,
+    )
