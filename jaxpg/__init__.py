@@ -1,30 +1,42 @@
 """Policy gradients in JAX: exact theory, vectorised rollouts, measured variance.
 
-    env -> rollout -> Trajectory -> returns / baselines -> weights [B, T]
+    env -> rollout -> Trajectory -> credit / baselines -> weights [B, T]
         -> score_gradient -> Optax -> Algorithm.update -> train
 
-The names below are the public ones; every room documents its own equation. Training
-itself, with its files and progress, is in `jaxpg.train`, and the oracle in
-`jaxpg.exact`.
+The names below are the public ones, and the rooms that hold more of a kind; every room
+documents its own equation. Training itself, with its files and progress, is in
+`jaxpg.train`.
 """
 
-from jaxpg import envs, exact
+from jaxpg import (
+    advantages,
+    diagnostics,
+    eligibility,
+    envs,
+    exact,
+    importance,
+    moments,
+    optimal,
+    streams,
+    surrogate,
+)
 from jaxpg._version import __version__
 from jaxpg.algos.base import Algorithm, AlgorithmState, ascend
 from jaxpg.algos.reinforce import (
     ReinforceConfig,
     reinforce,
-    reinforce_credit,
     reinforce_gradient,
 )
 from jaxpg.baselines import (
     Baseline,
+    apply_baseline,
     batch_mean_baseline,
     constant_baseline,
     leave_one_out_baseline,
     no_baseline,
     time_dependent_baseline,
 )
+from jaxpg.credit import Credit, CreditConfig, credit_of
 from jaxpg.distributions import (
     Bernoulli,
     Categorical,
@@ -33,10 +45,17 @@ from jaxpg.distributions import (
     MultiCategorical,
     TanhGaussian,
 )
+from jaxpg.estimators import (
+    Estimator,
+    EstimatorConfig,
+    estimate_gradient,
+    estimate_terms,
+    estimate_weights,
+    make_estimator,
+)
 from jaxpg.gradients import (
     Chunks,
     score_gradient,
-    sum_over_chunks,
     trajectory_gradients,
 )
 from jaxpg.networks import mlp
@@ -51,17 +70,15 @@ from jaxpg.policies import (
     head_for,
     log_prob_fn,
     mlp_policy,
+    tabular_policy,
 )
 from jaxpg.returns import (
-    at_episode_start,
     episode_returns,
     leading_discounts,
     rewards_to_go,
     step_discounts,
-    suffix_recurrence,
 )
 from jaxpg.rollout import (
-    RolloutState,
     rollout_episodes,
     rollout_segments,
     start_segments,
@@ -75,38 +92,51 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Chunks",
+    "Credit",
+    "CreditConfig",
     "DiagonalGaussian",
     "Distribution",
+    "Estimator",
+    "EstimatorConfig",
     "Head",
     "MultiCategorical",
     "Policy",
     "ReinforceConfig",
-    "RolloutState",
     "StepOutput",
     "TanhGaussian",
     "Trajectory",
     "__version__",
+    "advantages",
+    "apply_baseline",
     "ascend",
-    "at_episode_start",
     "batch_mean_baseline",
     "categorical_head",
     "constant_baseline",
+    "credit_of",
+    "diagnostics",
+    "eligibility",
     "envs",
     "episode_returns",
+    "estimate_gradient",
+    "estimate_terms",
+    "estimate_weights",
     "exact",
     "from_apply",
     "from_linen",
     "from_nnx",
     "gaussian_head",
     "head_for",
+    "importance",
     "leading_discounts",
     "leave_one_out_baseline",
     "log_prob_fn",
+    "make_estimator",
     "mlp",
     "mlp_policy",
+    "moments",
     "no_baseline",
+    "optimal",
     "reinforce",
-    "reinforce_credit",
     "reinforce_gradient",
     "rewards_to_go",
     "rollout_episodes",
@@ -114,8 +144,9 @@ __all__ = [
     "score_gradient",
     "start_segments",
     "step_discounts",
-    "suffix_recurrence",
-    "sum_over_chunks",
+    "streams",
+    "surrogate",
+    "tabular_policy",
     "time_dependent_baseline",
     "trajectory_gradients",
 ]

@@ -10,15 +10,14 @@ import pytest
 from jaxpg import exact
 from jaxpg.algos.base import AlgorithmState, ascend, count_non_finite
 from jaxpg.algos.reinforce import (
-    BASELINES,
     ReinforceConfig,
     reinforce,
-    reinforce_credit,
     reinforce_gradient,
 )
-from jaxpg.baselines import no_baseline
+from jaxpg.credit import CreditConfig, credit_of
 from jaxpg.envs.probes import PROBES
 from jaxpg.envs.tabular import random_mdp, tabular_environment
+from jaxpg.estimators import BASELINES, make_estimator
 from jaxpg.policies import mlp_policy
 from jaxpg.rollout import rollout_episodes
 from jaxpg.types import Trajectory
@@ -61,7 +60,13 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_contract(name):
-    algorithm = reinforce(SETTINGS[name], POLICY, ENV.max_steps, num_updates=10)
+    algorithm = reinforce(
+        SETTINGS[name],
+        POLICY,
+        ENV.max_steps,
+        observation_space=ENV.observation_space,
+        num_updates=10,
+    )
     state = first_state(algorithm)
     assert isinstance(state, AlgorithmState)
     trajectories = batch(state.params)
@@ -87,9 +92,10 @@ def test_one_update_is_the_gradient_and_one_optax_step():
     state = first_state(algorithm)
     trajectories = batch(state.params)
     after, info = quick(algorithm.update)(KEY, state, trajectories)
-    gradient, _ = quick(
+    estimator = make_estimator(config.estimator, POLICY, ENV.max_steps)
+    gradient = quick(
         lambda params: reinforce_gradient(
-            config, POLICY, no_baseline(), params, (), trajectories
+            estimator, params, (), trajectories, ENV.max_steps
         )
     )(state.params)
     np.testing.assert_allclose(info["grad_norm"], optax.tree.norm(gradient), rtol=1e-5)
@@ -119,6 +125,7 @@ def test_non_finite_numbers_are_counted_and_not_raised():
     spoilt = trajectories._replace(reward=trajectories.reward.at[0, 0].set(jnp.nan))
     _, info = quick(algorithm.update)(KEY, state, spoilt)
     assert info["non_finite_gradient"] > 0 and info["non_finite_params"] > 0
+    assert info["non_finite_batch"] == 1
 
 
 def test_clipping_bounds_the_global_norm_and_keeps_the_direction():
@@ -171,18 +178,23 @@ def test_credit_of_packed_rows_by_hand():
         jnp.array([[0, 0, 1, 0]]),
     )
     # 1 + 2/2 = 2, 2, 4
-    to_go = reinforce_credit(rows, "reward-to-go", 0.5)
-    np.testing.assert_allclose(to_go[0, :3], [2, 2, 4])
-    total = reinforce_credit(rows, "total-return", 0.5)
-    np.testing.assert_allclose(total[0, :3], [2, 2, 4])
+
+    def value(**settings):
+        credit = credit_of(rows, CreditConfig(**settings))
+        np.testing.assert_array_equal(credit.reach, rows.mask)
+        return credit.value[0]
+
+    np.testing.assert_allclose(value(discount=0.5), [2, 2, 4, 0])
+    total = value(credit="total-return", discount=0.5)
+    np.testing.assert_allclose(total, [2, 2, 4, 0])
     # undiscounted: 3, 2, 4 and 3, 3, 4
-    np.testing.assert_allclose(reinforce_credit(rows)[0, :3], [3, 2, 4])
-    whole = reinforce_credit(rows, "total-return")
-    np.testing.assert_allclose(whole[0, :3], [3, 3, 4])
+    np.testing.assert_allclose(value(), [3, 2, 4, 0])
+    np.testing.assert_allclose(value(credit="total-return"), [3, 3, 4, 0])
 
 
-def test_packing_does_not_change_the_gradient():
-    config = ReinforceConfig()
+@pytest.mark.parametrize("baseline", ["time-dependent", "optimal", "per-parameter"])
+def test_packing_does_not_change_the_gradient(baseline):
+    config = ReinforceConfig(baseline=baseline)
     algorithm = reinforce(config, POLICY, ENV.max_steps)
     state = first_state(algorithm)
     updates = [

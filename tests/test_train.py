@@ -129,6 +129,7 @@ def test_rows_are_updates_times_seeds(finished):
         assert row["env_steps"] == 64 * row["update"]
         assert row["mean_return"] == 1.0 and row["mean_length"] == 2.0
         assert row["non_finite_params"] == row["non_finite_gradient"] == 0
+        assert row["non_finite_batch"] == 0
         assert row["seconds"] > 0 and row["steps_per_second"] > 0
         assert abs(row["entropy"] - math.log(2)) < 0.1  # estimated from samples
     assert len(finished.metrics["env_steps"]) == 10
@@ -389,13 +390,14 @@ def test_training_stops_at_the_first_nan(tmp_path):
     message = str(caught.value)
     folder = tmp_path / "run"
     assert "NaN or infinity at update 4, seed 7" in message
-    assert "1 entries of the gradient and 1 entries of the params" in message
+    # The batch alone: every reward is the same, so every weight, which hides, is 0.
+    assert "32 entries of the batch" in message
     assert f"last good checkpoint is that of update 2 in {folder}" in message
     assert "learning rate" in message
     rows = read_rows(folder)
     assert [row["update"] for row in rows] == [1, 2, 3, 4]
-    assert [row["non_finite_gradient"] for row in rows] == [0, 0, 0, 1]
-    assert rows[3]["grad_norm"] is None  # JSON has no NaN
+    assert [row["non_finite_batch"] for row in rows] == [0, 0, 0, 32]
+    assert rows[3]["entropy"] is None  # JSON has no NaN
 
     run = open_run(folder, env, policy)
     assert run.checkpoints.steps() == [2]

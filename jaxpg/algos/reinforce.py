@@ -9,14 +9,13 @@ connectionist reinforcement learning"; Baxter and Bartlett 2001 for reward-to-go
 """
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from jaxpg._checks import check_choice, check_positive, check_range
+from jaxpg._checks import check_positive, check_range
 from jaxpg.algos.base import (
     Algorithm,
     AlgorithmState,
@@ -24,41 +23,26 @@ from jaxpg.algos.base import (
     ascend,
     count_non_finite,
 )
-from jaxpg.baselines import (
-    Baseline,
-    batch_mean_baseline,
-    leave_one_out_baseline,
-    no_baseline,
-    time_dependent_baseline,
+from jaxpg.baselines import Baseline
+from jaxpg.credit import CreditConfig, CreditName, credit_of
+from jaxpg.envs.base import Space
+from jaxpg.episodes import split_episodes
+from jaxpg.estimators import (
+    BaselineName,
+    Estimator,
+    EstimatorConfig,
+    estimate_gradient,
+    make_estimator,
 )
-from jaxpg.gradients import Chunks, SumOverRows, score_gradient, sum_over_chunks
-from jaxpg.policies import Policy, log_prob_fn
-from jaxpg.returns import (
-    episode_returns,
-    leading_discounts,
-    rewards_to_go,
-    step_discounts,
-)
+from jaxpg.gradients import Chunks, SumOverRows, sum_over_chunks
+from jaxpg.policies import Policy
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = [
-    "BASELINES",
-    "CREDITS",
     "ReinforceConfig",
-    "make_baseline",
     "reinforce",
-    "reinforce_credit",
     "reinforce_gradient",
 ]
-
-CREDITS = ("reward-to-go", "total-return")
-BASELINES = (
-    "time-dependent",
-    "time-dependent-plain",
-    "leave-one-out",
-    "batch-mean",
-    "none",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,13 +52,14 @@ class ReinforceConfig:
     episodes_per_env: int = 4
     """Whole episodes per environment and update: N is this times the number of
     environments, which share them out as they get free."""
-    credit: Literal["reward-to-go", "total-return"] = "reward-to-go"
+    credit: CreditName = "reward-to-go"
     """What a decision is weighed by, before the baseline."""
-    baseline: Literal[
-        "time-dependent", "time-dependent-plain", "leave-one-out", "batch-mean", "none"
-    ] = "time-dependent"
-    """What is subtracted from the credit. The first and third leave a trajectory's own
-    return out and are unbiased; plain and batch-mean do not and are biased."""
+    baseline: BaselineName = "time-dependent"
+    """What is subtracted from the credit. "-plain" and "batch-mean" contain a
+    trajectory's own return and are biased; the others leave it out. "optimal", "peters"
+    and "per-parameter" minimise the variance and need every trajectory's own score;
+    "linear" and "value-network" see the observation and were fitted on earlier
+    batches, "linear-folds" on the other half of this one."""
     discount: float = 1.0
     """Weight of the next reward relative to this one, in [0, 1]."""
     keep_leading_discount: bool = False
@@ -95,117 +80,71 @@ class ReinforceConfig:
 
     def __post_init__(self) -> None:
         check_positive("episodes_per_env", self.episodes_per_env)
-        check_choice("credit", self.credit, CREDITS)
-        check_choice("baseline", self.baseline, BASELINES)
-        check_range("discount", self.discount, 0.0, 1.0)
-        if self.keep_leading_discount and self.credit == "total-return":
-            raise ValueError(
-                "keep_leading_discount is set, but credit is 'total-return', which "
-                "counts discount^t already; leave it out, or take credit 'reward-to-go'"
-            )
+        _ = self.estimator  # which checks the settings that it takes
         check_range("learning_rate", self.learning_rate, 0.0, open_low=True)
         if self.max_grad_norm is not None:
             check_range("max_grad_norm", self.max_grad_norm, 0.0, open_low=True)
         if self.chunk_size is not None:
             check_positive("chunk_size", self.chunk_size)
 
-
-def make_baseline(name: str, max_steps: int) -> Baseline:
-    """The baseline of that name.
-
-    Args:
-        name: one of `BASELINES`.
-        max_steps: the most decisions that an episode can take.
-
-    Raises:
-        ValueError: if the name is unknown.
-    """
-    check_choice("baseline", name, BASELINES)
-    makers = {
-        "time-dependent": lambda: time_dependent_baseline(max_steps),
-        "time-dependent-plain": lambda: time_dependent_baseline(
-            max_steps, leave_one_out=False
-        ),
-        "leave-one-out": leave_one_out_baseline,
-        "batch-mean": batch_mean_baseline,
-        "none": no_baseline,
-    }
-    return makers[name]()
-
-
-def reinforce_credit(
-    trajectories: Trajectory,
-    credit: str = "reward-to-go",
-    discount: float = 1.0,
-) -> Float[Array, "B T"]:
-    """What each decision of whole episodes is credited with, before any baseline.
-
-    Args:
-        trajectories: rows of whole episodes.
-        credit: "reward-to-go" or "total-return".
-        discount: the factor per decision, in [0, 1].
-
-    Returns:
-        The credit in units of the reward; meaningless where `mask` is False.
-
-    Raises:
-        ValueError: if the credit is unknown.
-
-    Bias: unbiased at discount 1.
-    """
-    check_choice("credit", credit, CREDITS)
-
-    def of_row(row: Trajectory) -> Array:
-        discounts = step_discounts(row.ends, row.mask, discount)
-        rewards = jnp.where(row.mask, row.reward, 0.0)
-        if credit == "total-return":
-            return episode_returns(rewards, discounts, row.time)
-        return rewards_to_go(rewards, discounts)
-
-    return jax.vmap(of_row)(trajectories)
+    @property
+    def estimator(self) -> EstimatorConfig:
+        """The part of the settings that makes the gradient."""
+        return EstimatorConfig(
+            credit=CreditConfig(
+                credit=self.credit,
+                discount=self.discount,
+                keep_leading_discount=self.keep_leading_discount,
+            ),
+            baseline=self.baseline,
+            standardize=self.standardize,
+        )
 
 
 def reinforce_gradient(
-    config: ReinforceConfig,
-    policy: Policy,
-    baseline: Baseline,
+    estimator: Estimator,
     params: Params,
     baseline_state: PyTree,
     trajectories: Trajectory,
+    max_steps: int,
     *,
+    chunk_size: int | None = None,
     sum_over_rows: SumOverRows = sum_over_chunks,
-) -> tuple[Params, Float[Array, "B T"]]:
+) -> Params:
     """The estimate of grad J that REINFORCE takes a step along.
 
     Args:
-        config: its settings; the baseline's name is not read.
-        policy: the policy that acted and is differentiated.
-        baseline: what is subtracted from the credit.
+        estimator: from `make_estimator`.
         params: the policy's parameters.
         baseline_state: the baseline's own.
-        trajectories: rows of whole episodes.
+        trajectories: rows of whole episodes, packed or not.
+        max_steps: the most decisions that an episode can take.
+        chunk_size: decisions that the gradient works on together; None for all.
         sum_over_rows: how the gradient's sum over rows is taken.
 
     Returns:
-        The gradient, a tree like `params`, and the credit that it used.
+        The gradient, a tree like `params`.
 
     Bias: that of the baseline at discount 1, and for the discounted return also with a
-        total return or with `keep_leading_discount`; always biased with `standardize`.
+        total return or with the leading discount kept; always biased standardised.
 
     Reference: Williams 1992.
     """
-    credit = reinforce_credit(trajectories, config.credit, config.discount)
-    advantages = credit - baseline.predict(baseline_state, trajectories, credit)
-    gradient = score_gradient(
-        log_prob_fn(policy),
+    count = jnp.sum(trajectories.starts)
+    num_rows, length = trajectories.mask.shape
+    if estimator.needs_scores and length > max_steps:
+        trajectories = split_episodes(
+            trajectories, num_rows * (length // max_steps), max_steps
+        )
+    return estimate_gradient(
+        estimator,
         params,
-        trajectories._replace(next_obs=None),
-        _weights(config, trajectories, advantages),
-        num_trajectories=jnp.sum(trajectories.starts),
-        chunks=Chunks(config.chunk_size, cut_rows=not policy.is_recurrent),
+        baseline_state,
+        trajectories,
+        num_trajectories=count,
+        chunks=Chunks(chunk_size),
         sum_over_rows=sum_over_rows,
     )
-    return gradient, credit
 
 
 def reinforce(
@@ -213,6 +152,8 @@ def reinforce(
     policy: Policy,
     max_steps: int,
     *,
+    observation_space: Space | None = None,
+    baseline: Baseline | None = None,
     num_updates: int | None = None,
     sum_over_rows: SumOverRows = sum_over_chunks,
 ) -> Algorithm:
@@ -222,6 +163,8 @@ def reinforce(
         config: its settings.
         policy: the policy that is trained.
         max_steps: the most decisions that an episode can take.
+        observation_space: what baselines that see observations need.
+        baseline: any baseline of your own instead of the one that `config` names.
         num_updates: length of the run, needed to anneal the learning rate.
         sum_over_rows: how the gradient's sum over rows is taken.
 
@@ -232,36 +175,46 @@ def reinforce(
     Raises:
         ValueError: if the learning rate is to be annealed over a run of unknown length.
     """
-    baseline = make_baseline(config.baseline, max_steps)
+    estimator = make_estimator(
+        config.estimator,
+        policy,
+        max_steps,
+        observation_space=observation_space,
+        baseline=baseline,
+        sum_over_rows=sum_over_rows,
+    )
     optimizer = _optimizer(config, num_updates)
 
     def init(key: PRNGKey, obs: PyTree) -> AlgorithmState:
         key_policy, key_baseline = jax.random.split(key)
         params = policy.init(key_policy, obs)
         return AlgorithmState(
-            params, optimizer.init(params), baseline.init(key_baseline, obs)
+            params, optimizer.init(params), estimator.baseline.init(key_baseline, obs)
         )
 
     def update(
         key: PRNGKey, state: AlgorithmState, trajectories: Trajectory
     ) -> tuple[AlgorithmState, Info]:
         del key  # the whole batch makes one gradient: nothing is drawn
-        gradient, credit = reinforce_gradient(
-            config,
-            policy,
-            baseline,
+        gradient = reinforce_gradient(
+            estimator,
             state.params,
             state.baseline_state,
             trajectories,
+            max_steps,
+            chunk_size=config.chunk_size,
             sum_over_rows=sum_over_rows,
         )
         params, opt_state = ascend(optimizer, gradient, state.opt_state, state.params)
-        baseline_state, baseline_info = baseline.fit(
-            state.baseline_state, trajectories, credit
+        baseline_state, baseline_info = estimator.baseline.fit(
+            state.baseline_state,
+            trajectories,
+            credit_of(trajectories, config.estimator.credit),
         )
         info = {
             "grad_norm": optax.tree.norm(gradient),
             "entropy": -jnp.mean(trajectories.log_prob, where=trajectories.mask),
+            "non_finite_batch": _count_non_finite_decisions(trajectories),
             "non_finite_gradient": count_non_finite(gradient),
             "non_finite_params": count_non_finite(params),
             **baseline_info,
@@ -271,20 +224,10 @@ def reinforce(
     return Algorithm(init, update)
 
 
-def _weights(
-    config: ReinforceConfig, trajectories: Trajectory, advantages: Array
-) -> Array:
-    mask = trajectories.mask
-    if config.standardize:
-        mean = jnp.mean(advantages, where=mask)
-        std = jnp.std(advantages, where=mask)
-        advantages = (advantages - mean) / (std + 1e-8)
-    if config.keep_leading_discount:
-        factors = jax.vmap(leading_discounts, (0, None))(
-            trajectories.time, config.discount
-        )
-        advantages = advantages * factors
-    return jnp.where(mask, advantages, 0.0)
+def _count_non_finite_decisions(trajectories: Trajectory) -> Array:
+    """A weight of 0 hides a log-probability that is NaN from the gradient, not here."""
+    seen = (trajectories.reward, trajectories.log_prob)
+    return count_non_finite([jnp.where(trajectories.mask, x, 0.0) for x in seen])
 
 
 def _optimizer(

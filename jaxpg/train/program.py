@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxpg.algos.base import Algorithm, AlgorithmState, Info
-from jaxpg.algos.reinforce import make_baseline, reinforce
+from jaxpg.algos.reinforce import reinforce
 from jaxpg.envs.base import Environment
+from jaxpg.estimators import make_estimator
 from jaxpg.policies import Policy
 from jaxpg.rollout import rollout_episodes
 from jaxpg.train.config import TrainConfig
@@ -133,17 +134,23 @@ def _build_algorithm(
             f"environment {env.name} has no time limit, so whole episodes may never "
             "end; give --max-steps"
         )
-    baseline = make_baseline(config.algorithm.baseline, env.max_steps)
-    if num_episodes < baseline.min_trajectories:
+    estimator = make_estimator(
+        config.algorithm.estimator,
+        policy,
+        env.max_steps,
+        observation_space=env.observation_space,
+    )
+    if num_episodes < estimator.min_trajectories:
         raise ValueError(
             f"num_envs * episodes_per_env is {num_episodes}, but baseline "
-            f"{config.algorithm.baseline!r} needs at least {baseline.min_trajectories} "
-            "episodes; take more, or baseline 'none'"
+            f"{config.algorithm.baseline!r} needs at least "
+            f"{estimator.min_trajectories} episodes; take more, or baseline 'none'"
         )
     return reinforce(
         config.algorithm,
         policy,
         env.max_steps,
+        observation_space=env.observation_space,
         num_updates=config.num_updates,
         sum_over_rows=placement.sum_over_rows,
     )
