@@ -1,11 +1,14 @@
 """Every estimator against the exact gradient, by enumeration of all batches.
 
 Nothing is sampled: the mean over all N-tuples of trajectories of a small world is the
-estimator's expectation. A row of the table declares its bias, a factor or "biased":
-a biased row must then FAIL to be the exact gradient.
+estimator's expectation. A row of the table (`benchmarks/oracle_table.py`) declares what
+it claims to be: what claims a bias must then FAIL to be the exact gradient.
 """
 
-from typing import NamedTuple
+import functools
+import importlib
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,178 +16,243 @@ import numpy as np
 import pytest
 
 from jaxpg import exact
-from jaxpg.algos.reinforce import (
-    ReinforceConfig,
-    make_baseline,
-    reinforce_credit,
-    reinforce_gradient,
+from jaxpg.credit import CreditConfig, credit_of
+from jaxpg.envs.tabular import canonical_mdp, canonical_pomdp, random_mdp
+from jaxpg.estimators import (
+    EstimatorConfig,
+    estimate_credit,
+    estimate_weights,
+    make_estimator,
 )
-from jaxpg.baselines import constant_baseline
-from jaxpg.envs import Discrete
-from jaxpg.envs.tabular import random_mdp
 from jaxpg.gradients import score_gradient
-from jaxpg.policies import categorical_head, from_apply, log_prob_fn
+from jaxpg.importance import log_ratios
+from jaxpg.policies import log_prob_fn
+from jaxpg.self_normalized import regularized_objective, regularized_weights
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-UNBIASED = 1.0
+BENCHMARKS = str(Path(__file__).parent.parent / "benchmarks")
+sys.path.insert(0, BENCHMARKS)
+oracle_table = importlib.import_module("oracle_table")
+timing = importlib.import_module("timing")
+sys.path.remove(BENCHMARKS)
+UNBIASED, BIASED, SHRUNK, LIMITS, Row = (
+    getattr(oracle_table, name)
+    for name in ("UNBIASED", "BIASED", "SHRUNK", "LIMITS", "Row")
+)
+
+# World, batch size. Small enough for all batches: fewer decisions where there are more.
+WORLDS = {
+    "the mine": (canonical_mdp, 2),
+    "the mine in the dark": (lambda: canonical_pomdp()._replace(horizon=2), 2),
+    "random": (lambda: random_mdp(seed=3, num_states=3, horizon=2), 2),
+    "random, three": (lambda: random_mdp(seed=3, num_states=2, horizon=2), 3),
+}
+ON_POLICY, OFF_POLICY = oracle_table.ON_POLICY, oracle_table.OFF_POLICY
 
 
-class Row(NamedTuple):
-    credit: str
-    baseline: str
-    batch_size: int
-    declared: float | str
-    settings: tuple = ()
+def rows_for(world):
+    """All rows on the mine; elsewhere those whose claim could hang on the world."""
+    if world == "the mine":
+        return ON_POLICY, OFF_POLICY
+    sees_state = world != "the mine in the dark"
+    return (
+        [row for row in ON_POLICY if sees_state or row.baseline != "value"],
+        [row for row in OFF_POLICY if row.baseline in ("none", "time-dependent")],
+    )
 
 
-TABLE = [
-    Row("total-return", "none", 1, UNBIASED),
-    Row("total-return", "none", 2, UNBIASED),
-    Row("total-return", "constant", 1, UNBIASED),
-    Row("total-return", "leave-one-out", 2, UNBIASED),
-    Row("total-return", "leave-one-out", 3, UNBIASED),
-    Row("total-return", "batch-mean", 2, 1 / 2),
-    Row("total-return", "batch-mean", 3, 2 / 3),
-    Row("reward-to-go", "none", 1, UNBIASED),
-    Row("reward-to-go", "none", 2, UNBIASED),
-    Row("reward-to-go", "constant", 1, UNBIASED),
-    Row("reward-to-go", "leave-one-out", 2, UNBIASED),
-    Row("reward-to-go", "leave-one-out", 3, UNBIASED),
-    Row("reward-to-go", "batch-mean", 2, 1 / 2),
-    Row("reward-to-go", "batch-mean", 3, 2 / 3),
-    Row("reward-to-go", "time-dependent", 1, UNBIASED),
-    Row("reward-to-go", "time-dependent", 2, UNBIASED),
-    Row("reward-to-go", "time-dependent", 3, UNBIASED),
-    Row("reward-to-go", "time-dependent-plain", 2, "biased"),
-    Row("total-return", "time-dependent", 2, UNBIASED),
-    Row("reward-to-go", "leave-one-out", 2, "biased", (("standardize", True),)),
-    Row("reward-to-go", "none", 2, "biased", (("discount", 0.7),)),
-    Row(
-        "reward-to-go",
-        "none",
-        2,
-        UNBIASED,
-        (("discount", 0.7), ("keep_leading_discount", True)),
-    ),
-    Row("total-return", "leave-one-out", 2, UNBIASED, (("discount", 0.7),)),
+@functools.cache
+def verdicts(name):
+    """Each row's verdict on one world, all enumerated together in float64."""
+    make, batch_size = WORLDS[name]
+    world = oracle_table.world_of(make())
+    return {
+        row: verdict
+        for rows in rows_for(name)
+        for row, verdict in zip(
+            rows, oracle_table.judge(world, rows, batch_size), strict=True
+        )
+    }
+
+
+CASES = [
+    pytest.param(world, row, id=f"{world}: {row.name}")
+    for world in WORLDS
+    for rows in rows_for(world)
+    for row in rows
 ]
 
 
-def world(batch_size):
-    """Small enough for all batches: fewer decisions where batches are larger."""
-    num_states, horizon = {1: (3, 4), 2: (3, 2), 3: (2, 2)}[batch_size]
-    return random_mdp(seed=3, num_states=num_states, horizon=horizon)
-
-
-def tabular_policy(mdp):
-    num_states, num_actions = mdp.reward.shape
-
-    def init(key, obs):
-        return jax.random.normal(key, (num_states, num_actions))
-
-    head = categorical_head(Discrete(num_actions))
-    return from_apply(init, lambda table, state: table[state], head)
-
-
-def make(name, max_steps):
-    if name == "constant":
-        return constant_baseline(0.8)
-    return make_baseline(name, max_steps)
-
-
-def mean_and_exact(row, config):
-    mdp = world(row.batch_size)
-    policy = tabular_policy(mdp)
-    params = policy.init(jax.random.key(1), jnp.zeros((), jnp.int32))
-    baseline = make(row.baseline, mdp.horizon)
-
-    def estimate(trajectories):
-        return reinforce_gradient(config, policy, baseline, params, (), trajectories)[0]
-
-    mean = exact.expected_estimate(estimate, mdp, policy, params, row.batch_size)
-    gradient = exact.policy_gradient(mdp, policy, params, config.discount)
-    return flat(mean), flat(gradient)
-
-
-def flat(tree):
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
-
-
-@pytest.mark.parametrize("row", TABLE, ids=lambda r: "-".join(map(str, r)))
-def test_mean_is_the_exact_gradient_up_to_its_declared_bias(row):
-    config = ReinforceConfig(credit=row.credit, chunk_size=None, **dict(row.settings))
-    mean, gradient = mean_and_exact(row, config)
-    assert np.linalg.norm(gradient) > 0.1, "the test world must have a gradient"
-    if row.declared == "biased":
-        assert np.linalg.norm(mean - gradient) > 1e-3 * np.linalg.norm(gradient)
+@pytest.mark.parametrize(("world", "row"), CASES)
+def test_mean_is_what_the_row_claims(world, row):
+    verdict, batch_size = verdicts(world)[row], WORLDS[world][1]
+    size = np.linalg.norm(verdict.exact)
+    assert size > 0.05, "the world must have a gradient"
+    if row.claim == UNBIASED:
+        expected = verdict.exact
+    elif row.claim == SHRUNK:
+        expected = (1.0 - 1.0 / batch_size) * verdict.exact
     else:
-        np.testing.assert_allclose(
-            mean, row.declared * gradient, rtol=1e-10, atol=1e-12
+        assert np.linalg.norm(verdict.mean - verdict.exact) > 1e-3 * size
+        expected = verdict.limit
+    if expected is not None:
+        np.testing.assert_allclose(verdict.mean, expected, rtol=1e-10, atol=1e-11)
+
+
+STORED = timing.load("oracle-table")
+
+
+def test_stored_bias_and_variance_are_what_the_code_gives():
+    known = verdicts("the mine")
+    now = [
+        line
+        for rows in (ON_POLICY, OFF_POLICY)
+        for line in oracle_table.lines_of(mine(), rows, [known[row] for row in rows])
+    ]
+    assert [row["name"] for row in now] == [row["name"] for row in STORED["rows"]]
+    for name in ("bias", "variance", "limit_variance"):
+        stored, given = (
+            np.array([row[name] for row in rows], float)  # None becomes NaN
+            for rows in (STORED["rows"], now)
         )
+        np.testing.assert_allclose(stored, given, rtol=1e-9, atol=1e-10)
+
+
+def test_every_row_is_stored():
+    names = [row["name"] for row in STORED["rows"]]
+    assert names == [row.name for row in oracle_table.TABLE]
+    assert len(set(names)) == len(names)
+
+
+def mine():
+    return oracle_table.world_of(canonical_mdp())
+
+
+def mean_of(estimate, world, batch_size=1, acts="target"):
+    mean = exact.expected_estimate(
+        estimate, world.mdp, world.policy, getattr(world, acts), batch_size
+    )
+    return oracle_table.flat(mean)
 
 
 def test_plain_time_dependent_baseline_is_scaled_step_by_step():
     """Step t is scaled by 1 - E[1/n_t | alive]: for N = 2, 1 - (1 - P(other)/2)."""
-    row = Row("reward-to-go", "time-dependent-plain", 2, "biased")
-    mdp = world(2)
-    policy = tabular_policy(mdp)
-    params = policy.init(jax.random.key(1), jnp.zeros((), jnp.int32))
-    paths = exact.enumerate_trajectories(mdp)
-    rows = exact.with_log_probs(paths.trajectories, policy, params)
+    world = mine()
+    paths = exact.enumerate_trajectories(world.mdp)
+    rows = exact.with_log_probs(paths.trajectories, world.policy, world.target)
     own = jnp.exp(jnp.sum(jnp.where(rows.mask, rows.log_prob, 0.0), axis=1))
     alive = (paths.world_probability * own) @ rows.mask.astype(float)
     factors = 1.0 - ((1.0 - alive) + alive / 2.0)
 
-    def scaled(trajectories):
-        credit = reinforce_credit(trajectories)
-        weights = jnp.where(trajectories.mask, credit * factors[trajectories.time], 0.0)
-        return score_gradient(log_prob_fn(policy), params, trajectories, weights)
+    def scaled(rows):
+        weights = credit_of(rows).value * factors[rows.time]
+        return score_gradient(log_prob_fn(world.policy), world.target, rows, weights)
 
-    expected = exact.expected_estimate(scaled, mdp, policy, params, 1)
-    mean, _ = mean_and_exact(row, ReinforceConfig(chunk_size=None))
-    np.testing.assert_allclose(mean, flat(expected), rtol=1e-10, atol=1e-12)
-
-
-def test_probabilities_of_all_paths_sum_to_one():
-    mdp = world(1)
-    policy = tabular_policy(mdp)
-    params = policy.init(jax.random.key(1), jnp.zeros((), jnp.int32))
-    one = exact.expected_estimate(lambda rows: jnp.ones(()), mdp, policy, params, 2)
-    np.testing.assert_allclose(one, 1.0, rtol=1e-12)
+    row = Row("reward-to-go", "time-dependent-plain", BIASED)
+    np.testing.assert_allclose(
+        verdicts("the mine")[row].mean, mean_of(scaled, world), rtol=1e-10, atol=1e-12
+    )
 
 
-def test_dynamic_programming_equals_enumeration():
-    mdp = world(1)
-    policy = tabular_policy(mdp)
-    params = policy.init(jax.random.key(1), jnp.zeros((), jnp.int32))
-
-    def discounted(rows):
-        factors = 0.9 ** rows.time.astype(float)
-        return jnp.sum(jnp.where(rows.mask, rows.reward * factors, 0.0))
-
-    mean = exact.expected_estimate(discounted, mdp, policy, params, 1)
-    value = exact.expected_return(mdp, policy, params, 0.9)
-    np.testing.assert_allclose(mean, value, rtol=1e-12)
+NORMALIZED = ("whole", "causal", "future-dropped", "past-dropped-whole", "first-order")
 
 
-def test_gradient_equals_finite_differences():
-    mdp = world(1)
-    policy = tabular_policy(mdp)
-    params = policy.init(jax.random.key(1), jnp.zeros((), jnp.int32))
-    gradient = exact.policy_gradient(mdp, policy, params)["network"]
-    step = 1e-6
-    for index in np.ndindex(*gradient.shape):
-        up, down = (
-            {**params, "network": params["network"].at[index].add(sign * step)}
-            for sign in (1.0, -1.0)
+@pytest.mark.parametrize("ratio", NORMALIZED)
+def test_the_mean_weight_is_one_at_every_time(ratio):
+    """So self-normalising changes nothing in the limit of a large batch."""
+    world = mine()
+    config = CreditConfig(ratio=ratio)
+    estimator = make_estimator(
+        EstimatorConfig(credit=config, baseline="none"), world.policy, world.mdp.horizon
+    )
+    past = ratio in ("whole", "causal", "future-dropped")
+
+    def sums(rows):
+        ones = rows._replace(reward=jnp.zeros_like(rows.reward))
+        reach = estimate_credit(estimator, world.target, ones).reach[0]
+        if not past:
+            return jnp.where(rows.mask[0], reach, 0.0), rows.mask[0].astype(float)
+        # One that has ended counts on with its last weight.
+        last = jnp.max(jnp.where(rows.mask[0], rows.time[0], 0))
+        kept = jnp.where(rows.mask[0], reach, reach[last])
+        return kept, jnp.ones_like(kept)
+
+    weight, count = exact.expected_estimate(
+        sums, world.mdp, world.policy, world.behaviour, 1
+    )
+    np.testing.assert_allclose(weight / count, 1.0, rtol=1e-12)
+
+
+def test_the_bias_of_self_normalised_weights_falls_with_the_batch():
+    row = Row("total-return", "none", BIASED, "whole", (("self_normalize", True),))
+    world = mine()
+    errors = []
+    for batch_size in (1, 2, 3):
+        (verdict,) = oracle_table.judge(world, [row], batch_size)
+        errors.append(np.linalg.norm(verdict.mean - verdict.exact))
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_regularised_objective_is_its_own_gradient():
+    """regularized_weights through the engine = autodiff of Phi in the parameters."""
+    world = mine()
+    paths = exact.enumerate_trajectories(world.mdp)
+    rows = exact.with_log_probs(paths.trajectories, world.policy, world.behaviour)
+    log_probs = jax.vmap(log_prob_fn(world.policy), (None, 0))
+
+    def objective(params):
+        log_rhos = jnp.where(rows.mask, log_probs(params, rows) - rows.log_prob, 0.0)
+        return regularized_objective(log_rhos, rows.reward, 0.3)
+
+    log_rhos = jax.vmap(log_ratios)(
+        log_probs(world.target, rows), rows.log_prob, rows.mask
+    )
+    weights = regularized_weights(log_rhos, rows.reward, rows.mask, 0.3)
+    gradient = score_gradient(log_prob_fn(world.policy), world.target, rows, weights)
+    np.testing.assert_allclose(
+        oracle_table.flat(gradient),
+        oracle_table.flat(jax.grad(objective)(world.target)),
+        rtol=1e-10,
+        atol=1e-12,
+    )
+
+
+def test_counting_the_own_ratio_twice_is_biased():
+    """The causal form as slides print it, with the inner product from u = t on."""
+    world = mine()
+    row = Row("reward-to-go", "none", UNBIASED, "causal")
+    config = CreditConfig(ratio="causal")
+    estimator = make_estimator(
+        EstimatorConfig(credit=config, baseline="none"), world.policy, world.mdp.horizon
+    )
+    log_probs = log_prob_fn(world.policy)
+
+    def twice(rows):
+        once = estimate_weights(estimator, world.target, (), rows)
+        rhos = jnp.exp(jax.vmap(log_probs, (None, 0))(world.target, rows))
+        rhos = rhos / jnp.exp(rows.log_prob)
+        return score_gradient(log_probs, world.target, rows, once * rhos)
+
+    exact_gradient = verdicts("the mine")[row].exact
+    distance = np.linalg.norm(mean_of(twice, world, acts="behaviour") - exact_gradient)
+    assert distance > 1e-2 * np.linalg.norm(exact_gradient)
+
+
+def test_a_permutation_of_the_batch_changes_nothing():
+    world = mine()
+    rows = [row for row in oracle_table.TABLE if row.baseline != "linear-folds"]
+    estimates = [oracle_table.make_estimate(world, row) for row in rows]
+
+    @jax.jit
+    def all_estimates(trajectories):
+        return [estimate(trajectories) for estimate in estimates]
+
+    paths = exact.enumerate_trajectories(world.mdp).trajectories
+    batch = exact.with_log_probs(paths, world.policy, world.behaviour)
+    order = np.random.default_rng(0).permutation(batch.mask.shape[0])
+    shuffled = jax.tree.map(lambda x: x[order], batch)
+    for one, other in zip(all_estimates(batch), all_estimates(shuffled), strict=True):
+        np.testing.assert_allclose(
+            oracle_table.flat(one), oracle_table.flat(other), rtol=1e-9, atol=1e-11
         )
-        rise = exact.expected_return(mdp, policy, up) - exact.expected_return(
-            mdp, policy, down
-        )
-        np.testing.assert_allclose(gradient[index], rise / (2 * step), atol=1e-8)
-
-
-def test_a_total_return_is_not_discounted_twice():
-    with pytest.raises(ValueError, match="counts discount\\^t already"):
-        ReinforceConfig(credit="total-return", discount=0.7, keep_leading_discount=True)
