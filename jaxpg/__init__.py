@@ -11,6 +11,7 @@ documents its own equation. Training itself, with its files and progress, is in
 from jaxpg import (
     advantages,
     diagnostics,
+    drift,
     eligibility,
     envs,
     exact,
@@ -114,6 +115,7 @@ __all__ = [
     "constant_baseline",
     "credit_of",
     "diagnostics",
+    "drift",
     "eligibility",
     "envs",
     "episode_returns",

@@ -16,6 +16,7 @@ fitted in `jaxpg.value_functions`. "The trajectory's return" is its credit at it
 decision: the total return for both total return and reward-to-go.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from jaxtyping import Array, Float
 
 from jaxpg._checks import check_positive, is_concrete
 from jaxpg.credit import Credit
+from jaxpg.importance import MAX_LOG_WEIGHT
 from jaxpg.returns import at_episode_start
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
@@ -271,18 +273,25 @@ def sums_by_time(
 
 
 def mean_credit(value: Array, reach: Array) -> Array:
-    """value / reach, and 0 where there is no reach."""
+    """value / reach, and 0 where there is no reach.
+
+    Held so that its product with the largest reach is finite: off policy a tiny reach
+    can stand under a huge value.
+    """
     some = reach > 0.0
-    return jnp.where(some, value / jnp.where(some, reach, 1.0), 0.0)
+    largest = float(jnp.finfo(reach.dtype).max) / math.exp(MAX_LOG_WEIGHT) / 16.0
+    level = jnp.where(some, value / jnp.where(some, reach, 1.0), 0.0)
+    return jnp.clip(level, -largest, largest)
 
 
 def mean_of_others(total: Credit, own: Credit) -> Array:
     """The mean credit without one's own, and 0 where the others have no weight.
 
-    Others that weigh less than rounding leaves of the total count as none.
+    They are what is left when the own part is taken off the total, so others that weigh
+    less than some units of rounding of it count as none: little of them would be left.
     """
     value, reach = (jnp.broadcast_to(x, own.value.shape) for x in total)
-    rounding = 8.0 * jnp.finfo(reach.dtype).eps
+    rounding = 1024.0 * jnp.finfo(reach.dtype).eps
     others = jnp.where(reach - own.reach > rounding * reach, reach - own.reach, 0.0)
     return mean_credit(value - own.value, others)
 

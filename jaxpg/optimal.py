@@ -20,6 +20,7 @@ gradient estimates in reinforcement learning"; Peters and Schaal 2008, "Reinforc
 learning of motor skills with policy gradients".
 """
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -37,6 +38,7 @@ from jaxpg.baselines import (
 )
 from jaxpg.credit import Credit
 from jaxpg.gradients import LogProbFn, trajectory_gradients
+from jaxpg.importance import MAX_LOG_WEIGHT
 from jaxpg.returns import suffix_recurrence
 from jaxpg.types import Params, PyTree, Trajectory
 
@@ -45,6 +47,7 @@ __all__ = [
     "optimal_baseline",
     "optimal_time_dependent_baseline",
     "peters_schaal_baseline",
+    "with_squares",
 ]
 
 
@@ -61,6 +64,7 @@ def optimal_baseline(log_prob_fn: LogProbFn, *, leave_one_out: bool = True) -> B
     """
 
     def projections(params: Params, trajectories: Trajectory, credit: Credit) -> Credit:
+        credit = with_squares(credit)
         credited = trajectory_gradients(log_prob_fn, params, trajectories, credit.value)
         scores = trajectory_gradients(log_prob_fn, params, trajectories, credit.reach)
         return Credit(_dot(credited, scores), _dot(scores, scores))
@@ -126,7 +130,7 @@ def optimal_time_dependent_baseline(
                 credited = _scores_along_credit(log_prob_fn, params, row, own.value)
             return Credit(own.reach * credited, own.reach**2 * norms)
 
-        return jax.vmap(of_row)(trajectories, credit)
+        return jax.vmap(of_row)(trajectories, with_squares(credit))
 
     def summarize(params: Params, trajectories: Trajectory, credit: Credit) -> Credit:
         own = projections(params, trajectories, credit)
@@ -209,6 +213,16 @@ def peters_schaal_baseline(
         min_trajectories=2 if leave_one_out else 1,
         needs_scores=True,
     )
+
+
+def with_squares(credit: Credit) -> Credit:
+    """Credit whose squares are finite: held at the root of the largest weight.
+
+    Only baselines are computed from it, so it changes their quality where a ratio is
+    beyond exp(30), and no estimate's mean.
+    """
+    bound = math.exp(MAX_LOG_WEIGHT / 2)
+    return Credit(*(jnp.clip(x, -bound, bound) for x in credit))
 
 
 def decision_score_norms(

@@ -19,6 +19,7 @@ from jaxtyping import Array
 from jaxpg.baselines import mean_credit, mean_of_others
 from jaxpg.credit import Credit
 from jaxpg.gradients import LogProbFn, trajectory_gradients
+from jaxpg.optimal import with_squares
 from jaxpg.types import Params, Trajectory
 
 __all__ = [
@@ -56,10 +57,13 @@ def per_parameter_summary(
         Sums that may be added over chunks and devices.
     """
     credited, scores = _both_gradients(log_prob_fn, params, trajectories, credit)
-    return ParameterSums(
-        jax.tree.map(lambda a, b: jnp.sum(a * b, axis=0), credited, scores),
-        jax.tree.map(lambda b: jnp.sum(b * b, axis=0), scores),
-    )
+
+    def sums(part: int) -> Params:
+        return jax.tree.map(
+            lambda a, b: jnp.sum(_products(a, b)[part], axis=0), credited, scores
+        )
+
+    return ParameterSums(sums(0), sums(1))
 
 
 def per_parameter_terms(
@@ -93,7 +97,7 @@ def per_parameter_terms(
     def relieved(a: Array, b: Array, products: Array, squares: Array) -> Array:
         total = Credit(products, squares)
         if leave_one_out:
-            return a - mean_of_others(total, Credit(a * b, b * b)) * b
+            return a - mean_of_others(total, _products(a, b)) * b
         return a - mean_credit(*total)[None] * b
 
     return jax.tree.map(relieved, credited, scores, summary.products, summary.squares)
@@ -130,6 +134,12 @@ def per_parameter_gradient(
         log_prob_fn, params, trajectories, credit, summary, leave_one_out=leave_one_out
     )
     return jax.tree.map(lambda x: jnp.mean(x, axis=0), terms)
+
+
+def _products(a: Array, b: Array) -> Credit:
+    """A_k B_k and B_k^2 of each trajectory, from numbers whose squares are finite."""
+    bounded = with_squares(Credit(a, b))
+    return Credit(bounded.value * bounded.reach, bounded.reach**2)
 
 
 def _both_gradients(

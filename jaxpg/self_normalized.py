@@ -113,7 +113,8 @@ def log_normalizers(
     check_choice("over", over, ("all", "alive"))
     log_weights = finite_log_rhos(log_weights)
     log_sum = _log_sum_by_time(log_weights, time, mask)
-    count = _count_by_time(time, mask)
+    alive = mask.astype(log_weights.dtype)
+    count = jnp.zeros_like(log_sum).at[time].add(alive)
     if over == "all":
         ended = _log_sum_by_time(log_weights, time, ends & mask)
         before = jnp.full((1,), -jnp.inf, ended.dtype)
@@ -126,7 +127,7 @@ def log_normalizers(
 def regularized_objective(
     log_rhos: Float[Array, "N T"],
     rewards: Float[Array, "N T"],
-    coefficient: float = 0.0,
+    coefficient: float | Float[Array, ""] = 0.0,
 ) -> Float[Array, ""]:
     """Phi = sum_t sum_i w~[i, t] r[i, t] / N + coefficient * log(mean_i w[i, t]).
 
@@ -166,7 +167,7 @@ def regularized_weights(
     log_rhos: Float[Array, "N T"],
     rewards: Float[Array, "N T"],
     mask: Bool[Array, "N T"],
-    coefficient: float = 0.0,
+    coefficient: float | Float[Array, ""] = 0.0,
 ) -> Float[Array, "N T"]:
     """The weights with which `score_gradient` is the gradient of Phi.
 
@@ -207,7 +208,3 @@ def _log_sum_by_time(log_weights: Array, time: Array, flags: Array) -> Array:
     anchor = jnp.where(jnp.isfinite(largest), largest, 0.0)
     parts = jnp.where(flags, jnp.exp(log_weights - anchor[time]), 0.0)
     return anchor + jnp.log(jnp.zeros(shape, log_weights.dtype).at[time].add(parts))
-
-
-def _count_by_time(time: Array, flags: Array) -> Array:
-    return jnp.zeros(time.shape[1:], float).at[time].add(flags.astype(float))

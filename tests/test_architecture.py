@@ -33,6 +33,7 @@ LAYERS = {
         "surrogate",
         "moments",
         "diagnostics",
+        "drift",
         "episodes",
         "envs.base",
     ],

@@ -247,3 +247,22 @@ def test_leaving_one_out_by_hand():
     levels = baseline.predict(params, (), summary, rows, credit)
     # others' sum of R s^2 over others' sum of s^2: 26/5, 25/5, 3/2
     np.testing.assert_allclose(levels, [[5.2], [5.0], [1.5]], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["optimal", "optimal-time", "optimal-termwise", "per-parameter"]
+)
+@pytest.mark.parametrize("plain", ["", "-plain"])
+def test_a_giant_ratio_leaves_the_estimate_finite(name, plain):
+    """In float32, where the square of exp(50) is none."""
+    world, rows, _ = paths()
+    some = jax.tree.map(lambda x: x[:6], rows)
+    giant = some._replace(log_prob=some.log_prob.at[0, 0].add(-50.0))
+    to_float32 = lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x  # noqa: E731
+    giant, params = jax.tree.map(to_float32, (giant, world.target))
+    config = EstimatorConfig(
+        baseline=f"{name}{plain}", credit=CreditConfig(ratio="causal")
+    )
+    estimator = make_estimator(config, world.policy, 3)
+    terms = jax.jit(lambda p, r: estimate_terms(estimator, p, (), r))(params, giant)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(terms))
