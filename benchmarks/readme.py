@@ -100,6 +100,85 @@ def kernels() -> str:
     return "\n".join(lines) + f"\n\n({machine(stored)})\n"
 
 
+def oracle() -> str:
+    """The rows that a reader chooses between."""
+    stored = timing.load("oracle-table")
+    chosen = [
+        row
+        for row in stored["rows"]
+        if not row["settings"] and not row["baseline"].endswith("-plain")
+        if row["credit"] == "reward-to-go" or row["baseline"] == "none"
+        if row["ratio"] == "none" or row["baseline"] == "none"
+    ]
+    return oracle_lines(chosen, stored["batch_size"])
+
+
+def whole_oracle() -> str:
+    """Every row, with what it claims to be."""
+    stored = timing.load("oracle-table")
+    return oracle_lines(stored["rows"], stored["batch_size"])
+
+
+def oracle_lines(rows: list[dict[str, Any]], batch_size: int) -> str:
+    lines = [
+        f"| credit | baseline | ratios | claim | bias | N·variance, N = {batch_size} | "
+        "N → ∞ |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        settings = [f"{name} {value}" for name, value in row["settings"]]
+        settings += ["standardised"] if row["standardize"] else []
+        ratios = ", ".join([row["ratio"], *settings])
+        bias = "0" if row["bias"] < 1e-10 else f"{100 * row['bias']:.0f}%"
+        limit = row["limit_variance"]
+        cells = [row["credit"], row["baseline"], ratios, row["claim"], bias]
+        cells += [f"{row['variance']:.2f}", "" if limit is None else f"{limit:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def memory() -> str:
+    stored = timing.load("memory-cpu")
+    batch = stored["bytes_per_trajectory_stored"]
+    lines = [
+        "| trajectories | as a batch | "
+        + " | ".join(f"{name}: peak, µs each" for name in growing(stored))
+        + " |",
+        "|---" * (2 + len(growing(stored))) + "|",
+    ]
+    numbers = sorted({row["trajectories"] for row in stored["growth"]})
+    for number in numbers:
+        cells = [
+            f"{row['peak_bytes'] / 2**20:.0f} MiB, "
+            f"{row['microseconds_per_trajectory']:.0f}"
+            for name in growing(stored)
+            for row in stored["growth"]
+            if row["trajectories"] == number and row["method"] == name
+        ]
+        size = f"{number * batch / 2**30:.2f} GiB"
+        lines.append(f"| {number} | {size} | {' | '.join(cells)} |")
+    return "\n".join(lines) + f"\n\n({machine(stored)})\n"
+
+
+def growing(stored: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["method"] for row in stored["growth"]))
+
+
+def methods() -> str:
+    stored = timing.load("memory-cpu")
+    lines = [
+        "| baseline, statistic | µs per trajectory | beside the plain gradient |",
+        "|---|---|---|",
+    ]
+    for name, row in stored["methods"].items():
+        times = row["times_the_plain_gradient"]
+        lines.append(
+            f"| {name} | {row['microseconds_per_trajectory']:.0f} | "
+            f"{times['median']:.2f} ({times['low']:.2f} to {times['high']:.2f}) |"
+        )
+    return "\n".join(lines) + f"\n\n({machine(stored)})\n"
+
+
 def machine(stored: dict[str, Any]) -> str:
     made = stored["provenance"]
     return (
@@ -113,6 +192,10 @@ BLOCKS = {
     "throughput": throughput,
     "variants": variants,
     "kernels": kernels,
+    "oracle": oracle,
+    "whole-oracle": whole_oracle,
+    "memory": memory,
+    "methods": methods,
 }
 
 if __name__ == "__main__":
