@@ -39,10 +39,12 @@ SHRUNK = "shrunk by 1 - 1/N"
 TARGET_STATES = "states of the target, values of the behaviour policy"
 TARGET_VALUES = "states of the behaviour, values of the target policy"
 BEHAVIOUR = "states and values of the behaviour policy"
+FORGETFUL = "values discounted, states not"
 LIMITS = {
     TARGET_STATES: ("target", "behaviour"),
     TARGET_VALUES: ("behaviour", "target"),
     BEHAVIOUR: ("behaviour", "behaviour"),
+    FORGETFUL: ("target", "target"),
 }
 
 
@@ -105,7 +107,9 @@ ON_POLICY = [
     Row(TO_GO, "value-network", UNBIASED),
     Row(TO_GO, "leave-one-out", BIASED, standardize=True),
     Row(TOTAL, "leave-one-out", UNBIASED, settings=(("discount", 0.7),)),
-    Row(TO_GO, "none", BIASED, settings=(("discount", 0.7),)),
+    Row(TO_GO, "none", FORGETFUL, settings=(("discount", 0.7),)),
+    Row(TO_GO, "time-dependent", FORGETFUL, settings=(("discount", 0.7),)),
+    Row(TO_GO, "batch-mean", BIASED, settings=KEPT),
     Row(TO_GO, "none", UNBIASED, settings=KEPT),
     Row(TO_GO, "time-dependent", UNBIASED, settings=KEPT),
     Row(TO_GO, "optimal-time", UNBIASED, settings=KEPT),
@@ -128,6 +132,8 @@ OFF_POLICY = [
     *off_policy(TOTAL, "whole", UNBIASED),
     *off_policy(TO_GO, "whole", UNBIASED),
     *off_policy(TO_GO, "causal", UNBIASED),
+    Row(TO_GO, "constant", BIASED, "causal", (("max_rho", 1.2),)),
+    Row(TO_GO, "time-dependent", UNBIASED, "causal", KEPT),
     *off_policy(TO_GO, "future-dropped", TARGET_STATES),
     *off_policy(TO_GO, "past-dropped", TARGET_VALUES),
     *off_policy(TO_GO, "past-dropped-whole", TARGET_VALUES),
@@ -296,7 +302,9 @@ def limit_of(world: World, row: Row) -> np.ndarray | None:
         return None
     states, values = (getattr(world, who) for who in LIMITS[row.claim])
     return flat(
-        exact.mixed_gradient(world.mdp, world.policy, world.target, states, values)
+        exact.mixed_gradient(
+            world.mdp, world.policy, world.target, states, values, row.discount
+        )
     )
 
 

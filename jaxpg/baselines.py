@@ -16,17 +16,23 @@ fitted in `jaxpg.value_functions`. "The trajectory's return" is its credit at it
 decision: the total return for both total return and reward-to-go.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxpg._checks import check_positive, is_concrete
-from jaxpg.credit import Credit
-from jaxpg.importance import MAX_LOG_WEIGHT
+from jaxpg.credit import Credit, mean_credit
+from jaxpg.episodes import check_single_episodes
+from jaxpg.leave_out import (
+    fold_of,
+    mean_of_others,
+    sums_at_starts,
+    sums_by_time,
+    whole,
+)
 from jaxpg.returns import at_episode_start
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
@@ -35,13 +41,12 @@ __all__ = [
     "Summary",
     "apply_baseline",
     "batch_mean_baseline",
+    "check_enough",
     "constant_baseline",
     "leave_one_out_baseline",
-    "mean_credit",
-    "mean_of_others",
+    "level_by_time",
     "no_baseline",
     "stateless",
-    "sums_by_time",
     "time_dependent_baseline",
 ]
 
@@ -100,14 +105,17 @@ def apply_baseline(
 
     Raises:
         ValueError: if a whole batch, whose values are known and not traced, has fewer
-            trajectories than the baseline makes sense for.
+            trajectories than the baseline makes sense for, or several in a row where
+            scores are taken.
 
     Bias: none of its own; that of the credit and of the baseline.
 
     Reference: Williams 1992; Greensmith, Bartlett and Baxter 2004.
     """
+    if baseline.needs_scores:
+        check_single_episodes(trajectories)
     if summary is None:
-        _check_enough(baseline, trajectories)
+        check_enough(baseline.min_trajectories, trajectories)
         summary = baseline.summarize(params, trajectories, credit)
     level = baseline.predict(params, state, summary, trajectories, credit)
     weights = credit.value - credit.reach * level
@@ -142,16 +150,18 @@ def batch_mean_baseline() -> Baseline:
 
     Bias: the gradient is shrunk by exactly (1 - 1/N), for each trajectory's own return
         is in the mean that is subtracted from it; use `leave_one_out_baseline` instead.
+        The factor is exact on policy for a total return, and for reward-to-go at
+        discount 1; else decisions shrink unequally.
     """
 
     def predict(
         params: Params, summary: Credit, trajectories: Trajectory, credit: Credit
     ) -> Array:
         del params, trajectories
-        level = mean_credit(summary.value, summary.reach)
+        level = mean_credit(*whole(summary))
         return jnp.broadcast_to(level, credit.value.shape)
 
-    return stateless(predict, _sums_at_starts)
+    return stateless(predict, _summarize_starts)
 
 
 def leave_one_out_baseline() -> Baseline:
@@ -159,7 +169,7 @@ def leave_one_out_baseline() -> Baseline:
 
     Off policy the mean is importance-weighted: the others' value over their reach.
 
-    Bias: unbiased.
+    Bias: unbiased (`jaxpg.leave_out` says what rounding can do).
 
     Reference: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!".
     """
@@ -171,9 +181,9 @@ def leave_one_out_baseline() -> Baseline:
         own = jax.tree.map(
             lambda x: jax.vmap(at_episode_start)(x, trajectories.time), credit
         )
-        return mean_of_others(summary, own)
+        return mean_of_others(summary, own, fold_of(trajectories.episode_id))
 
-    return stateless(predict, _sums_at_starts, min_trajectories=2)
+    return stateless(predict, _summarize_starts, min_trajectories=2)
 
 
 def time_dependent_baseline(max_steps: int, *, leave_one_out: bool = True) -> Baseline:
@@ -193,7 +203,7 @@ def time_dependent_baseline(max_steps: int, *, leave_one_out: bool = True) -> Ba
         ValueError: if `max_steps` is not a positive whole number.
 
     Bias: unbiased with `leave_one_out`; without, the part of the gradient that belongs
-        to decision t is scaled by 1 - E[1/n_t given alive].
+        to decision t is scaled, on policy, by 1 - E[1/n_t given alive].
     """
     check_positive("max_steps", max_steps)
 
@@ -205,10 +215,10 @@ def time_dependent_baseline(max_steps: int, *, leave_one_out: bool = True) -> Ba
         params: Params, summary: Credit, trajectories: Trajectory, credit: Credit
     ) -> Array:
         del params
-        at_same_time = jax.tree.map(lambda x: x[trajectories.time], summary)
         if not leave_one_out:
-            return mean_credit(at_same_time.value, at_same_time.reach)
-        return mean_of_others(at_same_time, credit)
+            return level_by_time(whole(summary), trajectories.time)
+        fold = fold_of(trajectories.episode_id)
+        return mean_of_others(summary, credit, fold, trajectories.time)
 
     return stateless(predict, summarize, min_trajectories=2 if leave_one_out else 1)
 
@@ -263,55 +273,31 @@ def stateless(
     )
 
 
-def sums_by_time(
-    values: Float[Array, "B T"], trajectories: Trajectory, max_steps: int
-) -> Float[Array, "L"]:
-    """Sums over all trajectories alive at each decision 0 .. max_steps - 1."""
-    counted = jnp.where(trajectories.mask, values, 0.0)
-    sums = jnp.zeros((max_steps,), counted.dtype)
-    return sums.at[trajectories.time].add(counted)
+def level_by_time(sums: Credit, time: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """The mean credit at each decision's own time; 0 beyond the last one."""
+    levels = mean_credit(sums.value, sums.reach)
+    return levels.at[time].get(mode="fill", fill_value=0.0)
 
 
-def mean_credit(value: Array, reach: Array) -> Array:
-    """value / reach, and 0 where there is no reach.
+def _summarize_starts(
+    params: Params, trajectories: Trajectory, credit: Credit
+) -> Credit:
+    del params
+    return jax.tree.map(lambda x: sums_at_starts(x, trajectories), credit)
 
-    Held so that its product with the largest reach is finite: off policy a tiny reach
-    can stand under a huge value.
+
+def check_enough(least: int, trajectories: Trajectory) -> None:
+    """Refuse a known batch of fewer than `least` trajectories.
+
+    Raises:
+        ValueError: naming how many there are and how many are needed.
     """
-    some = reach > 0.0
-    largest = float(jnp.finfo(reach.dtype).max) / math.exp(MAX_LOG_WEIGHT) / 16.0
-    level = jnp.where(some, value / jnp.where(some, reach, 1.0), 0.0)
-    return jnp.clip(level, -largest, largest)
-
-
-def mean_of_others(total: Credit, own: Credit) -> Array:
-    """The mean credit without one's own, and 0 where the others have no weight.
-
-    They are what is left when the own part is taken off the total, so others that weigh
-    less than some units of rounding of it count as none: little of them would be left.
-    """
-    value, reach = (jnp.broadcast_to(x, own.value.shape) for x in total)
-    rounding = 1024.0 * jnp.finfo(reach.dtype).eps
-    others = jnp.where(reach - own.reach > rounding * reach, reach - own.reach, 0.0)
-    return mean_credit(value - own.value, others)
-
-
-def _check_enough(baseline: Baseline, trajectories: Trajectory) -> None:
-    if baseline.min_trajectories < 2 or not is_concrete(
-        trajectories.time, trajectories.mask
-    ):
+    if not is_concrete(trajectories.time, trajectories.mask):
         return
     with jax.ensure_compile_time_eval():
         number = int(jnp.sum(trajectories.starts))
-    if number < baseline.min_trajectories:
+    if number < least:
         raise ValueError(
-            f"the batch has {number} trajectories, but the baseline leaves one out, "
-            f"needs at least {baseline.min_trajectories}; sample more, or take "
-            "no_baseline"
+            f"trajectories hold {number} episodes, needs at least {least}"
+            + ("; sample more, or take no_baseline" if least > 1 else "")
         )
-
-
-def _sums_at_starts(params: Params, trajectories: Trajectory, credit: Credit) -> Credit:
-    del params
-    starts = trajectories.starts
-    return jax.tree.map(lambda x: jnp.sum(jnp.where(starts, x, 0.0)), credit)

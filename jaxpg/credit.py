@@ -17,10 +17,13 @@ value / sum reach`, an importance-weighted average where there are ratios.
     past-dropped-whole     prod_{u >= t} rho[u] G[t]                the product
     first-order            rho[t] G[t]                              rho[t]
 
-See `jaxpg.importance` for what each form has for its limit.
+See `jaxpg.importance` for what each form has for its limit. Truncated ratios have no
+mean of 1 left, so with `max_rho` every baseline moves the mean as well, and with
+`self_normalize` it does by O(1/N).
 """
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -45,7 +48,15 @@ from jaxpg.returns import (
 from jaxpg.self_normalized import self_normalize
 from jaxpg.types import Trajectory
 
-__all__ = ["CREDITS", "RATIOS", "Credit", "CreditConfig", "CreditName", "credit_of"]
+__all__ = [
+    "CREDITS",
+    "RATIOS",
+    "Credit",
+    "CreditConfig",
+    "CreditName",
+    "credit_of",
+    "mean_credit",
+]
 
 CreditName = Literal["reward-to-go", "total-return"]
 RatioName = Literal[
@@ -173,6 +184,20 @@ def credit_of(
     return jax.lax.stop_gradient(_only_real(credit, trajectories.mask))
 
 
+def mean_credit(value: Array, reach: Array) -> Array:
+    """value / reach, and 0 where there is no reach.
+
+    Over a small reach it is held so that its product with the largest one is finite:
+    off policy a tiny reach can stand under a huge value.
+    """
+    some = reach > 0.0
+    largest = (
+        float(jnp.finfo(reach.dtype).max) / math.exp(importance.MAX_LOG_WEIGHT) / 16.0
+    )
+    level = jnp.where(some, value / jnp.where(some, reach, 1.0), 0.0)
+    return jnp.where(reach < 1.0, jnp.clip(level, -largest, largest), level)
+
+
 def _check(trajectories: Trajectory) -> None:
     check_rank("reward", trajectories.reward, 2, "(B, T) = a batch of rows")
     check_not_empty("reward", trajectories.reward, "sample at least one trajectory")
@@ -229,11 +254,15 @@ def _ratio_credit(
 ) -> Credit:
     reach = importance.to_weights(log_products)
     rewards = _rewards(row)
-    if config.ratio == "causal":
-        value = _returns(row, config, rewards * reach)
+    discounts = step_discounts(row.ends, row.mask, config.discount)
+    if config.ratio == "causal" and config.self_normalize:
+        value = rewards_to_go(rewards * reach, discounts)
+    elif config.ratio == "causal":
+        value = importance.causal_weights(rewards, discounts, log_rhos, row.time)
     elif config.ratio == "past-dropped":
-        discounts = step_discounts(row.ends, row.mask, config.discount)
         value = importance.past_dropped_weights(rewards, discounts, log_rhos)
+        # Its products are held there, and what a baseline takes off must not be more.
+        reach = jnp.minimum(reach, math.exp(importance.MAX_LOG_WEIGHT / 2))
     else:
         value = reach * _returns(row, config, rewards)
     return _with_leading_discount(Credit(value, reach), row, config)

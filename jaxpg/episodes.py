@@ -4,10 +4,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxpg._checks import check_positive, check_rank
+from jaxpg._checks import check_positive, check_rank, is_concrete
 from jaxpg.types import Trajectory
 
-__all__ = ["split_episodes"]
+__all__ = ["check_single_episodes", "split_episodes"]
+
+
+def check_single_episodes(trajectories: Trajectory) -> None:
+    """Refuse known rows that hold more than one episode, where scores are taken.
+
+    Raises:
+        ValueError: naming how many; `split_episodes` is the cure.
+    """
+    if not is_concrete(trajectories.time, trajectories.mask):
+        return
+    with jax.ensure_compile_time_eval():
+        most = int(jnp.max(jnp.sum(trajectories.starts, axis=-1), initial=0))
+    if most > 1:
+        raise ValueError(
+            f"trajectories have a row with {most} episodes, needs one per row, because "
+            "every trajectory's own score is taken; use split_episodes"
+        )
 
 
 def split_episodes(

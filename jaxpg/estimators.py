@@ -22,12 +22,14 @@ from jaxpg.baselines import (
     Summary,
     apply_baseline,
     batch_mean_baseline,
+    check_enough,
     leave_one_out_baseline,
     no_baseline,
     time_dependent_baseline,
 )
 from jaxpg.credit import Credit, CreditConfig, credit_of
 from jaxpg.envs.base import Space
+from jaxpg.episodes import check_single_episodes
 from jaxpg.gradients import (
     ALL_AT_ONCE,
     Chunks,
@@ -108,6 +110,15 @@ class EstimatorConfig:
 
     def __post_init__(self) -> None:
         check_choice("baseline", self.baseline, BASELINES)
+        credit = self.credit
+        if self.baseline.startswith("peters-schaal") and (
+            credit.ratio != "none" or credit.credit != "reward-to-go"
+        ):
+            raise ValueError(
+                f"baseline is {self.baseline!r}, which is made of plain rewards, but "
+                f"credit is {credit.credit!r} with ratio {credit.ratio!r}; take "
+                "'optimal-time', or 'reward-to-go' with ratio 'none'"
+            )
         if self.standardize and self.baseline in PER_PARAMETER:
             raise ValueError(
                 f"standardize is set, but baseline is {self.baseline!r}, which makes "
@@ -330,7 +341,8 @@ def estimate_weights(
         One weight per decision, 0 in empty slots, held constant.
 
     Raises:
-        ValueError: if its baseline belongs to parameters.
+        ValueError: if its baseline belongs to parameters, or a part of the batch is to
+            be weighed by statistics of the whole.
 
     Bias: that of the credit and the baseline; always biased with `standardize`.
     """
@@ -338,6 +350,12 @@ def estimate_weights(
         raise ValueError(
             f"baseline is {estimator.config.baseline!r}, which makes no weights of "
             "decisions; needs estimate_gradient or estimate_terms"
+        )
+    config = estimator.config
+    if summary is not None and (config.standardize or config.credit.self_normalize):
+        raise ValueError(
+            "summary is given, but standardize or self_normalize divides by statistics "
+            "of all weights, which it does not hold; give the whole batch, no summary"
         )
     credit = estimate_credit(estimator, params, trajectories)
     weights = apply_baseline(
@@ -368,10 +386,15 @@ def estimate_terms(
     Returns:
         A tree like `params` with B in front.
 
+    Raises:
+        ValueError: if known rows hold several trajectories, or too few there are.
+
     Bias: that of the credit and the baseline.
     """
+    check_single_episodes(trajectories)
     if estimator.is_per_parameter:
         if summary is None:
+            check_enough(estimator.min_trajectories, trajectories)
             summary = summarize_batch(estimator, params, trajectories)
         return per_parameter_terms(
             estimator.log_prob_fn,
@@ -413,6 +436,7 @@ def estimate_gradient(
 
     Reference: Williams 1992.
     """
+    check_enough(1, trajectories)
     trajectories = trajectories._replace(next_obs=None)
     count = jnp.asarray(
         jnp.sum(trajectories.starts) if num_trajectories is None else num_trajectories

@@ -318,6 +318,9 @@ def weigh(
 ) -> Float[Array, "*B"]:
     """weights * log_probs, where a weight of 0 hides even an infinite log_prob.
 
+    What is hidden is its value: where its own derivative is infinite too, as that of
+    log(0 * x) is, 0 times it is NaN, and `log_prob_fn` must avoid it.
+
     Raises:
         ValueError: if there is not one log-probability per weight.
     """

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpg._checks import check_positive, check_range, check_rank
-from jaxpg.baselines import Baseline, mean_credit, mean_of_others, stateless
-from jaxpg.credit import Credit
+from jaxpg.baselines import Baseline, stateless
+from jaxpg.credit import Credit, mean_credit
+from jaxpg.leave_out import FOLDS, fold_of, mean_of_others
 from jaxpg.returns import at_episode_start
 from jaxpg.types import Params, Trajectory
 
@@ -63,21 +64,22 @@ def group_leave_one_out_baseline(group_size: int, num_groups: int) -> Baseline:
     def summarize(params: Params, trajectories: Trajectory, credit: Credit) -> Credit:
         del params
         group = group_index(trajectories.episode_id, group_size, num_groups)
-        starts = trajectories.starts
-        return jax.tree.map(
-            lambda x: _sums(jnp.where(starts, x, 0.0), group, num_groups), credit
-        )
+        fold, starts = fold_of(trajectories.episode_id), trajectories.starts
+
+        def sums_by_place(x: Array) -> Array:
+            return jnp.zeros((FOLDS, num_groups), x.dtype).at[fold, group].add(x)
+
+        return jax.tree.map(lambda x: sums_by_place(jnp.where(starts, x, 0.0)), credit)
 
     def predict(
         params: Params, summary: Credit, trajectories: Trajectory, credit: Credit
     ) -> Array:
         del params
         group = group_index(trajectories.episode_id, group_size, num_groups)
-        total = jax.tree.map(lambda x: x[group], summary)
         own = jax.tree.map(
             lambda x: jax.vmap(at_episode_start)(x, trajectories.time), credit
         )
-        return mean_of_others(total, own)
+        return mean_of_others(summary, own, fold_of(trajectories.episode_id), group)
 
     return stateless(predict, summarize, min_trajectories=group_size)
 

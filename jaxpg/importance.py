@@ -328,6 +328,6 @@ def effective_sample_size(log_weights: Float[Array, "N"]) -> Float[Array, ""]:
     5.0
     """
     check_rank("log_weights", log_weights, 1, "(N,) = one log-weight per sample")
-    finite = jnp.clip(log_weights, -1e5, 1e5)
+    finite = jnp.clip(log_weights, -1e9, 1e9)
     weights = jnp.exp(finite - jnp.max(finite))
     return jnp.sum(weights) ** 2 / jnp.sum(weights**2)

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxpg._checks import check_positive, check_range
-from jaxpg.baselines import Baseline, mean_credit, stateless
-from jaxpg.credit import Credit
+from jaxpg.baselines import Baseline, stateless
+from jaxpg.credit import Credit, mean_credit
 from jaxpg.envs.base import Space
 from jaxpg.policies import flat_features
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
@@ -34,7 +34,7 @@ from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 __all__ = [
     "NormalEquations",
     "as_floats",
-    "explained_variance",
+    "explained_with_offset",
     "linear_baseline",
     "plain_linear_baseline",
     "polynomial_features",
@@ -120,8 +120,8 @@ def linear_baseline(
     ) -> tuple[Array, dict[str, Array]]:
         phi, credit = features(rows), as_floats(credit)
         errors = squared_errors(_dot(phi, state), credit)
-        info = {"baseline_explained_variance": explained_variance(errors, credit)}
-        return solve_ridge(*_normal_equations(phi, credit), ridge), info
+        info = {"baseline_explained_variance": explained_with_offset(errors, credit)}
+        return solve_ridge(*_normal_equations(phi, credit), ridge, free_last=True), info
 
     return Baseline(init, summarize, predict, fit)
 
@@ -153,7 +153,7 @@ def plain_linear_baseline(
         params: Params, summary: NormalEquations, rows: Trajectory, credit: Credit
     ) -> Array:
         del params
-        coefficients = solve_ridge(*summary, ridge)
+        coefficients = solve_ridge(*summary, ridge, free_last=True)
         return _dot(features(rows), coefficients).astype(credit.value.dtype)
 
     return stateless(predict, summarize)
@@ -190,7 +190,11 @@ def polynomial_features(
 
 
 def solve_ridge(
-    matrix: Float[Array, "F F"], vector: Float[Array, "F"], ridge: float
+    matrix: Float[Array, "F F"],
+    vector: Float[Array, "F"],
+    ridge: float,
+    *,
+    free_last: bool = False,
 ) -> Float[Array, "F"]:
     """Solve (M + ridge * diag(M)) x = v for M symmetric, positive semidefinite.
 
@@ -202,6 +206,8 @@ def solve_ridge(
         matrix: sum of weighted phi phi^T.
         vector: sum of weighted target times phi.
         ridge: above 0; never less than what rounding asks for.
+        free_last: whether the last feature, the constant, is held by rounding's ridge
+            alone: shrinking it would pull every prediction towards 0.
 
     Returns:
         Coefficients; 0 for a feature that was never different from 0.
@@ -216,12 +222,13 @@ def solve_ridge(
     seen = diagonal > limits.tiny
     scale = jnp.where(seen, jax.lax.rsqrt(jnp.where(seen, diagonal, 1.0)), 0.0)
     least = max(float(ridge), size * float(limits.eps))
-    scaled = matrix * scale[:, None] * scale[None, :] + least * jnp.eye(
-        size, dtype=matrix.dtype
-    )
+    ridges = jnp.full((size,), least, matrix.dtype)
+    if free_last:
+        ridges = ridges.at[-1].set(size * limits.eps)
+    scaled = matrix * scale[:, None] * scale[None, :] + jnp.diag(ridges)
 
     def eliminate(k: Array, system: Array) -> Array:
-        row = system[k] / jnp.maximum(system[k, k], least)
+        row = system[k] / jnp.maximum(system[k, k], ridges[k])
         return (system - system[:, k][:, None] * row[None, :]).at[k].set(row)
 
     system = jnp.concatenate([scaled, (scale * vector)[:, None]], axis=1)
@@ -244,7 +251,7 @@ def squared_errors(values: Array, credit: Credit) -> Float[Array, ""]:
     return jnp.sum(credit.reach * (targets - values) ** 2)
 
 
-def explained_variance(errors: Float[Array, ""], credit: Credit) -> Float[Array, ""]:
+def explained_with_offset(errors: Float[Array, ""], credit: Credit) -> Float[Array, ""]:
     """1 - E[(target - V)^2] / Var[target]; 0 where the targets do not vary.
 
     A V that is off by a constant is not forgiven: below 0 it is worse than the mean.
@@ -292,7 +299,7 @@ def _cross_fitted(
                 lambda x: jnp.sum(jnp.where(_along(folds != fold, x), x, 0.0), axis=0),
                 summary,
             )
-            return solve_ridge(others.matrix, others.vector, ridge)
+            return solve_ridge(others.matrix, others.vector, ridge, free_last=True)
 
         coefficients = jax.vmap(without)(folds)
         levels = _dot(features(rows), coefficients.T)

@@ -6,7 +6,8 @@ Write trajectory i's term of the gradient as A[i] - b B[i], with
 
 and the scalar that minimises its total variance is b* = E[A . B] / E[|B|^2]. A number
 for every decision, b[t] = E[B[t] . A] / E[|B[t]|^2] with B[t] = reach[t] s[t], is
-jointly optimal, because scores at different times are uncorrelated. The state's value
+jointly optimal where scores at different times are uncorrelated, which takes a reach
+without later ratios: all forms but "whole" and "past-dropped-whole". The state's value
 V(s) is neither. One number per parameter is no weight of a decision any more and has a
 room of its own, `jaxpg.per_parameter`.
 
@@ -29,16 +30,17 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxpg._checks import check_choice, check_positive, check_range
-from jaxpg.baselines import (
-    Baseline,
-    mean_credit,
-    mean_of_others,
-    stateless,
-    sums_by_time,
-)
-from jaxpg.credit import Credit
+from jaxpg.baselines import Baseline, level_by_time, stateless
+from jaxpg.credit import Credit, mean_credit
 from jaxpg.gradients import LogProbFn, trajectory_gradients
 from jaxpg.importance import MAX_LOG_WEIGHT
+from jaxpg.leave_out import (
+    fold_of,
+    mean_of_others,
+    sums_by_time,
+    sums_of_rows,
+    whole,
+)
 from jaxpg.returns import suffix_recurrence
 from jaxpg.types import Params, PyTree, Trajectory
 
@@ -60,7 +62,8 @@ def optimal_baseline(log_prob_fn: LogProbFn, *, leave_one_out: bool = True) -> B
 
     Bias: unbiased with `leave_one_out`; without, biased O(1/N).
 
-    Reference: Greensmith, Bartlett and Baxter 2004, theorem 8 (for the total return).
+    Reference: Weaver and Tao 2001, "The optimal reward baseline for gradient-based
+        reinforcement learning"; Greensmith, Bartlett and Baxter 2004.
     """
 
     def projections(params: Params, trajectories: Trajectory, credit: Credit) -> Credit:
@@ -70,16 +73,16 @@ def optimal_baseline(log_prob_fn: LogProbFn, *, leave_one_out: bool = True) -> B
         return Credit(_dot(credited, scores), _dot(scores, scores))
 
     def summarize(params: Params, trajectories: Trajectory, credit: Credit) -> Credit:
-        return jax.tree.map(jnp.sum, projections(params, trajectories, credit))
+        own, fold = projections(params, trajectories, credit), _fold(trajectories)
+        return jax.tree.map(lambda x: sums_of_rows(x, fold), own)
 
     def predict(
         params: Params, summary: Credit, trajectories: Trajectory, credit: Credit
     ) -> Array:
         if not leave_one_out:
-            level = mean_credit(summary.value, summary.reach)
-            return jnp.broadcast_to(level, credit.value.shape)
+            return jnp.broadcast_to(mean_credit(*whole(summary)), credit.value.shape)
         own = projections(params, trajectories, credit)
-        levels = mean_of_others(summary, own)
+        levels = mean_of_others(summary, own, _fold(trajectories))
         return jnp.broadcast_to(levels[:, None], credit.value.shape)
 
     return stateless(
@@ -139,10 +142,11 @@ def optimal_time_dependent_baseline(
     def predict(
         params: Params, summary: Credit, trajectories: Trajectory, credit: Credit
     ) -> Array:
-        at_same_time = jax.tree.map(lambda x: x[trajectories.time], summary)
         if not leave_one_out:
-            return mean_credit(at_same_time.value, at_same_time.reach)
-        return mean_of_others(at_same_time, projections(params, trajectories, credit))
+            return level_by_time(whole(summary), trajectories.time)
+        own = projections(params, trajectories, credit)
+        fold = fold_of(trajectories.episode_id)
+        return mean_of_others(summary, own, fold, trajectories.time)
 
     return stateless(
         predict,
@@ -193,16 +197,17 @@ def peters_schaal_baseline(
 
     def summarize(params: Params, trajectories: Trajectory, credit: Credit) -> Credit:
         del credit
-        own = projections(params, trajectories)
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), own)
+        own, fold = projections(params, trajectories), _fold(trajectories)
+        return jax.tree.map(lambda x: sums_of_rows(x, fold), own)
 
     def predict(
         params: Params, summary: Credit, trajectories: Trajectory, credit: Credit
     ) -> Array:
         if leave_one_out:
-            per_reward = mean_of_others(summary, projections(params, trajectories))
+            own = projections(params, trajectories)
+            per_reward = mean_of_others(summary, own, _fold(trajectories))
         else:
-            level = mean_credit(summary.value, summary.reach)
+            level = mean_credit(*whole(summary))
             per_reward = jnp.broadcast_to(level, credit.value.shape)
         decays = jnp.full(per_reward.shape, discount, per_reward.dtype)
         return jax.vmap(suffix_recurrence)(per_reward, decays)
@@ -249,6 +254,11 @@ def decision_score_norms(
         return optax.tree.norm(score, squared=True)
 
     return jax.lax.map(norm, _times(row))
+
+
+def _fold(trajectories: Trajectory) -> Array:
+    """Of each row, which is one trajectory."""
+    return fold_of(trajectories.episode_id[:, 0])
 
 
 def _dot(first: Params, second: Params) -> Array:

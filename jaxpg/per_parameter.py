@@ -7,7 +7,7 @@ weights gives this gradient, for each of its entries has a baseline of its own; 
 one of the two estimators that do not go through `score_gradient`.
 
 Reference: Peters and Schaal 2008, "Reinforcement learning of motor skills with policy
-gradients", table 1.
+gradients", section 3.
 """
 
 from typing import NamedTuple
@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxpg.baselines import mean_credit, mean_of_others
-from jaxpg.credit import Credit
+from jaxpg.credit import Credit, mean_credit
 from jaxpg.gradients import LogProbFn, trajectory_gradients
+from jaxpg.leave_out import fold_of, mean_of_others, sums_of_rows, whole
 from jaxpg.optimal import with_squares
 from jaxpg.types import Params, Trajectory
 
@@ -34,8 +34,8 @@ class ParameterSums(NamedTuple):
     """Sums over trajectories, entry by entry of the parameters.
 
     Attributes:
-        products: sum of A_k B_k.
-        squares: sum of B_k^2.
+        products: sums of A_k B_k, one for each fold (`jaxpg.leave_out`).
+        squares: sums of B_k^2, likewise.
     """
 
     products: Params
@@ -60,8 +60,10 @@ def per_parameter_summary(
 
     def sums(part: int) -> Params:
         return jax.tree.map(
-            lambda a, b: jnp.sum(_products(a, b)[part], axis=0), credited, scores
+            lambda a, b: sums_of_rows(_products(a, b)[part], fold), credited, scores
         )
+
+    fold = fold_of(trajectories.episode_id[:, 0])
 
     return ParameterSums(sums(0), sums(1))
 
@@ -90,15 +92,17 @@ def per_parameter_terms(
 
     Bias: unbiased with `leave_one_out`; without, biased O(1/N).
 
-    Reference: Peters and Schaal 2008, table 1.
+    Reference: Peters and Schaal 2008, section 3.
     """
     credited, scores = _both_gradients(log_prob_fn, params, trajectories, credit)
 
     def relieved(a: Array, b: Array, products: Array, squares: Array) -> Array:
         total = Credit(products, squares)
         if leave_one_out:
-            return a - mean_of_others(total, _products(a, b)) * b
-        return a - mean_credit(*total)[None] * b
+            return a - mean_of_others(total, _products(a, b), fold) * b
+        return a - mean_credit(*whole(total))[None] * b
+
+    fold = fold_of(trajectories.episode_id[:, 0])
 
     return jax.tree.map(relieved, credited, scores, summary.products, summary.squares)
 
@@ -127,7 +131,7 @@ def per_parameter_gradient(
 
     Bias: that of the credit with `leave_one_out`; without, biased O(1/N).
 
-    Reference: Peters and Schaal 2008, table 1.
+    Reference: Peters and Schaal 2008, section 3.
     """
     summary = per_parameter_summary(log_prob_fn, params, trajectories, credit)
     terms = per_parameter_terms(

@@ -19,7 +19,7 @@ that a policy cannot win by making all of its own samples unlikely:
     Phi = sum_t  mean_i w~[i, t] r[i, t]  +  coefficient * log(mean_i w[i, t])
 
 References: Precup, Sutton and Singh 2000 (weighted importance sampling); Levine and
-Koltun 2013, "Guided policy search", section 4.
+Koltun 2013, "Guided policy search".
 """
 
 from typing import Literal
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpg._checks import check_choice, check_rank, check_same_shape
-from jaxpg.importance import MAX_LOG_WEIGHT, finite_log_rhos
+from jaxpg.importance import finite_log_rhos
 
 __all__ = [
     "log_normalizers",
@@ -148,7 +148,7 @@ def regularized_objective(
 
     Bias: biased O(1/N) for the return at coefficient 0; consistent.
 
-    Reference: Levine and Koltun 2013, "Guided policy search", equation 3.
+    Reference: Levine and Koltun 2013, "Guided policy search".
 
     >>> log_rhos = jnp.log(jnp.array([[1.0], [3.0]]))
     >>> regularized_objective(log_rhos, jnp.array([[4.0], [8.0]])).round(3).item()
@@ -156,11 +156,7 @@ def regularized_objective(
     """
     check_rank("log_rhos", log_rhos, 2, A_BATCH)
     check_same_shape(log_rhos=log_rhos, rewards=rewards)
-    reached = jnp.cumsum(finite_log_rhos(log_rhos), axis=1)
-    shares = jax.nn.softmax(reached, axis=0)
-    log_means = jax.nn.logsumexp(reached, axis=0) - jnp.log(float(reached.shape[0]))
-    log_means = jnp.clip(log_means, -MAX_LOG_WEIGHT, MAX_LOG_WEIGHT)
-    return jnp.sum(shares * rewards) + coefficient * jnp.sum(log_means)
+    return _objective(finite_log_rhos(log_rhos), rewards, coefficient)
 
 
 def regularized_weights(
@@ -189,15 +185,24 @@ def regularized_weights(
 
     Bias: biased O(1/N) for the gradient of the return at coefficient 0; consistent.
 
-    Reference: Levine and Koltun 2013, "Guided policy search", equation 4.
+    Reference: Levine and Koltun 2013, "Guided policy search".
 
     >>> rewards, mask = jnp.array([[4.0], [8.0]]), jnp.ones((2, 1), bool)
     >>> regularized_weights(jnp.zeros((2, 1)), rewards, mask).tolist()
     [[-2.0], [2.0]]
     """
-    check_same_shape(log_rhos=log_rhos, mask=mask)
-    slope = jax.grad(regularized_objective)(log_rhos, rewards, coefficient)
+    check_rank("log_rhos", log_rhos, 2, A_BATCH)
+    check_same_shape(log_rhos=log_rhos, rewards=rewards, mask=mask)
+    # At the held ratios: holding them must not take their slope away.
+    slope = jax.grad(_objective)(finite_log_rhos(log_rhos), rewards, coefficient)
     return jax.lax.stop_gradient(jnp.where(mask, slope * log_rhos.shape[0], 0.0))
+
+
+def _objective(log_rhos: Array, rewards: Array, coefficient: float | Array) -> Array:
+    reached = jnp.cumsum(log_rhos, axis=1)
+    shares = jax.nn.softmax(reached, axis=0)
+    log_means = jax.nn.logsumexp(reached, axis=0) - jnp.log(float(reached.shape[0]))
+    return jnp.sum(shares * rewards) + coefficient * jnp.sum(log_means)
 
 
 def _log_sum_by_time(log_weights: Array, time: Array, flags: Array) -> Array:

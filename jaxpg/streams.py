@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from jaxpg._checks import check_choice, check_divides, check_positive, check_rank
 from jaxpg.baselines import Summary
@@ -74,21 +74,27 @@ class StreamedGradient(NamedTuple):
         moments: of the samples that `statistics` asked for, each an estimate of the
             gradient in its own right: chunks' means or trajectories' terms; None
             without.
+        trajectories_per_sample: how many trajectories each of these samples averages:
+            variances of one trajectory are this many times as large.
         mean_return: undiscounted, over all trajectories.
-        num_decisions: how many decisions they took together.
+        num_decisions: how many decisions they took together, below 2^32.
+        num_non_finite: decisions whose reward or log-probability is NaN or infinite.
     """
 
     gradient: Params
     moments: Moments | None
+    trajectories_per_sample: int
     mean_return: Float[Array, ""]
-    num_decisions: Float[Array, ""]
+    num_decisions: UInt[Array, ""]
+    num_non_finite: UInt[Array, ""]
 
 
 class Seen(NamedTuple):
-    """Running sums over trajectories: returns and decisions."""
+    """Running sums over trajectories: returns, decisions, those not finite."""
 
     returns: Array
     decisions: Array
+    non_finite: Array
 
 
 def episode_source(
@@ -172,6 +178,7 @@ def stream_gradient(
     """
     check_rank("ids", ids, 1, "(N,) = one id per trajectory")
     _check_settings(estimator, statistics, method)
+    _check_number(ids.shape[0], estimator)
     grid = _grid(ids, chunk_size)
     if method == "running-sums":
         return _with_running_sums(estimator, source, params, key, grid, chunks)
@@ -189,7 +196,8 @@ def stream_gradient(
     (total, seen), _ = jax.lax.scan(visit, (start, _nothing_seen()), grid)
     if statistics == "none":
         return _report(_divide(total, ids.shape[0]), None, seen, ids.shape[0])
-    return _report(total.mean, total, seen, ids.shape[0])
+    per_sample = chunk_size if statistics == "chunks" else 1
+    return _report(total.mean, total, seen, ids.shape[0], per_sample)
 
 
 def stream_summary(
@@ -283,8 +291,14 @@ def _with_running_sums(
     grid: Array,
     chunks: Chunks,
 ) -> StreamedGradient:
-    """sum_i (R_i - b_i) S_i from sum (G + own R_i) s and sum s, in one pass."""
+    """sum_i (R_i - b_i) S_i from sum (G + own R_i) s and sum s, in one pass.
+
+    All credit is taken from a level on: that changes no R_i - b_i, and keeps the digits
+    that two large sums would lose.
+    """
     number = grid.size
+    first = estimate_credit(estimator, params, source(params, key, grid[0]))
+    origin = jnp.mean(first.value[:, 0])
     leaves_out = estimator.config.baseline == "leave-one-out"
     own_share = 1.0 / (number - 1) if leaves_out else 0.0
     level_share = 1.0 / (number - 1) if leaves_out else 1.0 / number
@@ -293,6 +307,7 @@ def _with_running_sums(
         sums, returns, seen = carry
         rows = source(params, key, some)
         credit = estimate_credit(estimator, params, rows)
+        credit = credit._replace(value=credit.value - origin * credit.reach)
         own = jax.vmap(at_episode_start)(credit.value, rows.time)
         both = score_gradients(
             estimator.log_prob_fn,
@@ -335,6 +350,15 @@ def _check_settings(estimator: Estimator, statistics: str, method: str) -> None:
         )
 
 
+def _check_number(number: int, estimator: Estimator) -> None:
+    if number < max(1, estimator.min_trajectories):
+        raise ValueError(
+            f"ids name {number} trajectories, needs at least "
+            f"{max(1, estimator.min_trajectories)} for baseline "
+            f"{estimator.config.baseline!r}; sample more, or take baseline 'none'"
+        )
+
+
 def _grid(ids: Array, chunk_size: int) -> Array:
     check_positive("chunk_size", chunk_size)
     check_divides("chunk_size", chunk_size, "number of ids", ids.shape[0])
@@ -350,17 +374,31 @@ def _divide(tree: Params, number: int) -> Params:
 
 
 def _nothing_seen() -> Seen:
-    return Seen(jnp.zeros(()), jnp.zeros(()))
+    return Seen(jnp.zeros(()), jnp.zeros((), jnp.uint32), jnp.zeros((), jnp.uint32))
 
 
 def _see(seen: Seen, rows: Trajectory) -> Seen:
     rewards = jnp.sum(jnp.where(rows.mask, rows.reward, 0.0)).astype(float)
+    known = jnp.isfinite(rows.reward) & jnp.isfinite(rows.log_prob)
     return Seen(
-        seen.returns + rewards, seen.decisions + rows.num_decisions.astype(float)
+        seen.returns + rewards,
+        seen.decisions + jnp.sum(rows.mask, dtype=jnp.uint32),
+        seen.non_finite + jnp.sum(rows.mask & ~known, dtype=jnp.uint32),
     )
 
 
 def _report(
-    gradient: Params, moments: Moments | None, seen: Seen, number: int
+    gradient: Params,
+    moments: Moments | None,
+    seen: Seen,
+    number: int,
+    per_sample: int = 1,
 ) -> StreamedGradient:
-    return StreamedGradient(gradient, moments, seen.returns / number, seen.decisions)
+    return StreamedGradient(
+        gradient,
+        moments,
+        per_sample,
+        seen.returns / number,
+        seen.decisions,
+        seen.non_finite,
+    )

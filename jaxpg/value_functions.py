@@ -29,11 +29,11 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxpg._checks import check_positive, check_range, check_rank
-from jaxpg.baselines import Baseline, mean_credit
-from jaxpg.credit import Credit
+from jaxpg.baselines import Baseline
+from jaxpg.credit import Credit, mean_credit
 from jaxpg.envs.base import Space
 from jaxpg.gradients import Chunks, SumOverRows, sum_over_chunks
-from jaxpg.linear_baselines import as_floats, explained_variance, squared_errors
+from jaxpg.linear_baselines import as_floats, explained_with_offset, squared_errors
 from jaxpg.networks import mlp
 from jaxpg.policies import flat_features
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
@@ -232,7 +232,7 @@ def from_value_function(
         carry, losses = jax.lax.scan(step, carry, None, num_steps)
         return ValueState(*carry, targets), {
             "baseline_loss": losses[-1],
-            "baseline_explained_variance": explained_variance(errors, credit),
+            "baseline_explained_variance": explained_with_offset(errors, credit),
         }
 
     return Baseline(first_state, summarize, predict, fit)

@@ -40,7 +40,9 @@ ROOMS = (
     "importance",
     "linear_baselines",
     "optimal",
+    "leave_out",
     "per_parameter",
+    "proximal",
     "returns",
     "self_normalized",
     "streams",
@@ -50,7 +52,8 @@ ROOMS = (
 # Parts, doors and records, which estimate nothing.
 NO_ESTIMATORS = {
     "advantages": {"next_values_from", "with_values"},
-    "baselines": {"mean_credit", "mean_of_others", "stateless", "sums_by_time"},
+    "baselines": {"check_enough", "level_by_time", "stateless"},
+    "credit": {"mean_credit"},
     "eligibility": {"gpomdp_init", "merge_means"},
     "estimators": {"make_baseline", "make_estimator", "summarize_batch"},
     "gradients": {"check_rows", "sum_over_chunks", "weigh"},
@@ -62,9 +65,17 @@ NO_ESTIMATORS = {
         "log_ratios",
         "to_weights",
     },
+    "leave_out": {
+        "fold_of",
+        "other_folds",
+        "sums_at_starts",
+        "sums_by_time",
+        "sums_of_rows",
+        "whole",
+    },
     "linear_baselines": {
         "as_floats",
-        "explained_variance",
+        "explained_with_offset",
         "polynomial_features",
         "solve_ridge",
         "squared_errors",

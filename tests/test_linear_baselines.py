@@ -59,7 +59,17 @@ def numpy_fit(rows, credit, where=True):
     x, weight = phi[some], np.asarray(credit.reach, np.float64)[some]
     matrix = x.T @ (weight[:, None] * x)
     vector = x.T @ np.asarray(credit.value, np.float64)[some]
-    return phi, np.linalg.solve(matrix + RIDGE * np.diag(np.diag(matrix)), vector)
+    ridges = np.full(len(vector), RIDGE)
+    ridges[-1] = 0.0  # the constant is free
+    return phi, np.linalg.solve(matrix + np.diag(ridges * np.diag(matrix)), vector)
+
+
+def test_a_constant_return_is_predicted_as_it_is():
+    """With a ridge on the constant as well, every prediction would be short of it."""
+    matrix, vector = jnp.full((1, 1), 100.0), jnp.full((1,), 100.0 * 1e4)
+    np.testing.assert_allclose(
+        solve_ridge(matrix, vector, 1e-3, free_last=True), [1e4], rtol=1e-6
+    )
 
 
 def predict(baseline, state, rows, credit):
@@ -87,7 +97,7 @@ def test_fitted_on_earlier_batches_it_is_weighted_ridge_regression(precision):
         phi, coefficients = numpy_fit(rows, credit)
         found = predict(baseline, state, rows, credit)
         assert found.dtype == credit.value.dtype and not baseline.needs_batch
-        rtol = 1e-10 if precision == "float64" else 1e-4
+        rtol = 1e-10 if precision == "float64" else 2e-3
         np.testing.assert_allclose(found, phi @ coefficients, rtol=rtol)
         # Before the fit it was 0: 1 - E[target^2] / Var[target], about -25 here.
         reach, targets = np.asarray(credit.reach), 0.0

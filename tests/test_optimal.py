@@ -20,6 +20,7 @@ from jaxpg.baselines import stateless
 from jaxpg.credit import Credit, CreditConfig, credit_of
 from jaxpg.envs.tabular import canonical_mdp, random_mdp
 from jaxpg.estimators import EstimatorConfig, estimate_terms, make_estimator
+from jaxpg.leave_out import whole
 from jaxpg.optimal import decision_score_norms, optimal_baseline
 from jaxpg.per_parameter import per_parameter_gradient
 from jaxpg.policies import log_prob_fn
@@ -243,7 +244,7 @@ def test_leaving_one_out_by_hand():
     baseline = optimal_baseline(lambda params, row: params * row.obs)
     params = jnp.array(0.5)
     summary = baseline.summarize(params, rows, credit)
-    chex.assert_trees_all_close(summary, Credit(jnp.array(27.0), jnp.array(6.0)))
+    chex.assert_trees_all_close(whole(summary), Credit(jnp.array(27.0), jnp.array(6.0)))
     levels = baseline.predict(params, (), summary, rows, credit)
     # others' sum of R s^2 over others' sum of s^2: 26/5, 25/5, 3/2
     np.testing.assert_allclose(levels, [[5.2], [5.0], [1.5]], rtol=1e-12)

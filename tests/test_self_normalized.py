@@ -235,13 +235,22 @@ def test_rewards_carry_their_own_baseline():
 def test_regularised_extremes_are_finite(logs, bits):
     with jax.enable_x64(bits == 64):
         arrays = jnp.asarray(logs, float), jnp.asarray(REWARDS)
-        # The heavier has all the weight: 1 and 2. The log-means end at 60.
+        # The heavier has all the weight: 1 and 2. A ratio counts as exp(1e4) at most.
         np.testing.assert_allclose(regularized_objective(*arrays), 3.0, rtol=1e-6)
+        log_means = np.cumsum(np.clip(logs[0], -1e4, 1e4)) - np.log(2.0)
         given = regularized_objective(*arrays, 0.5)
-        np.testing.assert_allclose(given, 3.0 + 0.5 * 120.0, rtol=1e-6)
-        np.testing.assert_allclose(
-            regularized_weights(*arrays, BOTH, 0.5), 0.0, atol=1e-6
-        )
+        np.testing.assert_allclose(given, 3.0 + 0.5 * log_means.sum(), rtol=1e-6)
+        # N * coefficient for this and every later time step, to the heavier alone.
+        given = regularized_weights(*arrays, BOTH, 0.5)
+        np.testing.assert_allclose(given, [[2.0, 1.0], [0.0, 0.0]], atol=1e-6)
+
+
+def test_the_log_normaliser_pulls_where_every_sample_is_unlikely():
+    log_rhos = jnp.full((2, 200), -0.5).at[1].set(-0.4)
+    every = jnp.ones((2, 200), bool)
+    weights = regularized_weights(log_rhos, jnp.zeros((2, 200)), every, 1.0)
+    # The log-means' shares sum to 1, so their slopes do to the steps that are left.
+    np.testing.assert_allclose(weights.sum(axis=0), 2.0 * np.arange(200, 0, -1), 1e-4)
 
 
 def test_weights_are_numbers():

@@ -149,7 +149,8 @@ def test_a_stored_batch_is_a_source(float64):
 
 def test_what_is_seen_on_the_way(float64):
     rows, streamed = batch(), stream(estimator("none"), 4, chunks=Chunks(2))
-    assert streamed.num_decisions == float(rows.num_decisions)
+    assert int(streamed.num_decisions) == int(rows.num_decisions)
+    assert int(streamed.num_non_finite) == 0
     mean = np.asarray(rows.reward)[np.asarray(rows.mask)].sum() / NUMBER
     np.testing.assert_allclose(streamed.mean_return, mean, rtol=1e-12)
     assert streamed.moments is None

@@ -106,7 +106,7 @@ def test_fits_lower_the_error_on_data_of_their_own_and_on_others():
     assert -0.5 <= info["baseline_loss"] < -0.45, "-1/2 is no error at all"
 
 
-def test_explained_variance_is_that_before_the_fit():
+def test_explained_with_offset_is_that_before_the_fit():
     baseline = network(num_steps=50)
     rows, credit = batch(shift=3.0)
     some = np.asarray(credit.reach) > 0

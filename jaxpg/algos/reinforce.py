@@ -56,10 +56,10 @@ class ReinforceConfig:
     """What a decision is weighed by, before the baseline."""
     baseline: BaselineName = "time-dependent"
     """What is subtracted from the credit. "-plain" and "batch-mean" contain a
-    trajectory's own return and are biased; the others leave it out. "optimal", "peters"
-    and "per-parameter" minimise the variance and need every trajectory's own score;
-    "linear" and "value-network" see the observation and were fitted on earlier
-    batches, "linear-folds" on the other half of this one."""
+    trajectory's own return and are biased; the others leave it out. "optimal",
+    "peters-schaal" and "per-parameter" minimise the variance and need every
+    trajectory's own score; "linear" and "value-network" see the observation and were
+    fitted on earlier batches, "linear-folds" on the other half of this one."""
     discount: float = 1.0
     """Weight of the next reward relative to this one, in [0, 1]."""
     keep_leading_discount: bool = False
