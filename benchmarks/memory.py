@@ -71,8 +71,37 @@ def main() -> None:
         "methods": methods,
     }
     path = timing.save("memory-cpu", results)
+    plot(results)
     print(json.dumps(results, indent=1))
     print(f"stored in {path.name}")
+
+
+def plot(results: dict[str, Any]) -> None:
+    """Peak memory and time per trajectory against the number of trajectories."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    rows = sorted(results["growth"], key=lambda row: row["trajectories"])
+    numbers = [row["trajectories"] for row in rows]
+    stored = [results["bytes_per_trajectory_stored"] * n / 2**20 for n in numbers]
+    figure, (memory, time_each) = plt.subplots(1, 2, figsize=(9, 3.4), dpi=120)
+    peaks = [row["peak_bytes"] / 2**20 for row in rows]
+    memory.loglog(numbers, stored, "--", color="#D55E00", label="the batch, if stored")
+    memory.loglog(numbers, peaks, "o-", color="#0072B2", label="the whole process")
+    memory.set(ylabel="memory, MiB", xlabel="trajectories of 200 decisions")
+    memory.legend(frameon=False)
+    each = [row["microseconds_per_trajectory"] for row in rows]
+    time_each.semilogx(numbers, each, "o-", color="#0072B2")
+    time_each.set(
+        ylabel="time per trajectory, µs",
+        xlabel="trajectories of 200 decisions",
+        ylim=(0.0, 1.3 * max(each)),
+    )
+    figure.suptitle("Gradient and its variance, rollout and all")
+    figure.tight_layout()
+    figure.savefig(timing.RESULTS / "memory.png")
 
 
 def parse() -> argparse.Namespace:

@@ -157,7 +157,14 @@ def memory() -> str:
         ]
         size = f"{number * batch / 2**30:.2f} GiB"
         lines.append(f"| {number} | {size} | {' | '.join(cells)} |")
-    return "\n".join(lines) + f"\n\n({machine(stored)})\n"
+    working = sorted({row["working_bytes"] / 1e6 for row in stored["growth"]})
+    own = " to ".join(f"{x:.1f}" for x in dict.fromkeys((working[0], working[-1])))
+    lines += [
+        "",
+        f"The compiled program itself works in {own} MB at every size; the rest of a "
+        f"process is imports and compiling ({machine(stored)}; a shared machine).",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def growing(stored: dict[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpg._checks import check_positive, is_concrete
-from jaxpg.credit import Credit, mean_credit
+from jaxpg.credit import Credit, held_finite, mean_credit
 from jaxpg.episodes import check_single_episodes
 from jaxpg.leave_out import (
     fold_of,
@@ -118,7 +118,7 @@ def apply_baseline(
         check_enough(baseline.min_trajectories, trajectories)
         summary = baseline.summarize(params, trajectories, credit)
     level = baseline.predict(params, state, summary, trajectories, credit)
-    weights = credit.value - credit.reach * level
+    weights = credit.value - held_finite(credit.reach * level)
     return jax.lax.stop_gradient(jnp.where(trajectories.mask, weights, 0.0))
 
 

@@ -55,6 +55,7 @@ __all__ = [
     "CreditConfig",
     "CreditName",
     "credit_of",
+    "held_finite",
     "mean_credit",
 ]
 
@@ -185,17 +186,21 @@ def credit_of(
 
 
 def mean_credit(value: Array, reach: Array) -> Array:
-    """value / reach, and 0 where there is no reach.
-
-    Over a small reach it is held so that its product with the largest one is finite:
-    off policy a tiny reach can stand under a huge value.
-    """
+    """value / reach, and 0 where there is no reach; finite whatever they are."""
     some = reach > 0.0
-    largest = (
-        float(jnp.finfo(reach.dtype).max) / math.exp(importance.MAX_LOG_WEIGHT) / 16.0
-    )
-    level = jnp.where(some, value / jnp.where(some, reach, 1.0), 0.0)
-    return jnp.where(reach < 1.0, jnp.clip(level, -largest, largest), level)
+    return held_finite(jnp.where(some, value / jnp.where(some, reach, 1.0), 0.0))
+
+
+def held_finite(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x, held within a quarter of what its type can hold; NaN stays.
+
+    Off policy a tiny reach can stand under a huge value, and a huge reach before it.
+
+    >>> bool(jnp.isfinite(held_finite(jnp.array(jnp.inf))))
+    True
+    """
+    largest = 0.25 * float(jnp.finfo(x.dtype).max)
+    return jnp.clip(x, -largest, largest)
 
 
 def _check(trajectories: Trajectory) -> None:

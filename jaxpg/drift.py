@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxpg._checks import check_rank, check_same_shape
 from jaxpg.importance import MAX_LOG_WEIGHT, to_weights
+from jaxpg.moments import moments_of, variance
 
 __all__ = [
     "KLEstimates",

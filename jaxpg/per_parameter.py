@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxpg.credit import Credit, mean_credit
+from jaxpg.credit import Credit, held_finite, mean_credit
 from jaxpg.gradients import LogProbFn, trajectory_gradients
 from jaxpg.leave_out import fold_of, mean_of_others, sums_of_rows, whole
 from jaxpg.optimal import with_squares
@@ -99,8 +99,10 @@ def per_parameter_terms(
     def relieved(a: Array, b: Array, products: Array, squares: Array) -> Array:
         total = Credit(products, squares)
         if leave_one_out:
-            return a - mean_of_others(total, _products(a, b), fold) * b
-        return a - mean_credit(*whole(total))[None] * b
+            level = mean_of_others(total, _products(a, b), fold)
+        else:
+            level = mean_credit(*whole(total))[None]
+        return a - held_finite(level * b)
 
     fold = fold_of(trajectories.episode_id[:, 0])
 

@@ -26,3 +26,15 @@ def float64():
     """Run one test in double precision."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_large_programs(request):
+    """Give back the memory of modules whose compiled programs are many and large."""
+    yield
+    if getattr(request.module, "__name__", "") in (
+        "test_algos",
+        "test_streams",
+        "test_unbiased",
+    ):
+        jax.clear_caches()

@@ -49,7 +49,11 @@ def first_state(algorithm):
 
 
 SETTINGS = {
-    **{name: ReinforceConfig(baseline=name) for name in BASELINES},
+    **{
+        name: ReinforceConfig(baseline=name)
+        for name in BASELINES
+        if not name.endswith("-plain")
+    },
     "total-return": ReinforceConfig(credit="total-return", discount=0.9),
     "clipped-annealed": ReinforceConfig(anneal=True, max_grad_norm=0.1),
     "biased": ReinforceConfig(

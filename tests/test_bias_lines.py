@@ -53,7 +53,7 @@ ROOMS = (
 NO_ESTIMATORS = {
     "advantages": {"next_values_from", "with_values"},
     "baselines": {"check_enough", "level_by_time", "stateless"},
-    "credit": {"mean_credit"},
+    "credit": {"held_finite", "mean_credit"},
     "eligibility": {"gpomdp_init", "merge_means"},
     "estimators": {"make_baseline", "make_estimator", "summarize_batch"},
     "gradients": {"check_rows", "sum_over_chunks", "weigh"},

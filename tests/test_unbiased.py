@@ -45,7 +45,6 @@ UNBIASED, BIASED, SHRUNK, LIMITS, Row = (
 WORLDS = {
     "the mine": (canonical_mdp, 2),
     "the mine in the dark": (lambda: canonical_pomdp()._replace(horizon=2), 2),
-    "random": (lambda: random_mdp(seed=3, num_states=3, horizon=2), 2),
     "random, three": (lambda: random_mdp(seed=3, num_states=2, horizon=2), 3),
 }
 ON_POLICY, OFF_POLICY = oracle_table.ON_POLICY, oracle_table.OFF_POLICY
