@@ -52,7 +52,7 @@ SETTINGS = {
     **{
         name: ReinforceConfig(baseline=name)
         for name in BASELINES
-        if not name.endswith("-plain")
+        if not name.endswith(("-plain", "-termwise", "-folds"))
     },
     "total-return": ReinforceConfig(credit="total-return", discount=0.9),
     "clipped-annealed": ReinforceConfig(anneal=True, max_grad_norm=0.1),

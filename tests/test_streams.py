@@ -124,8 +124,10 @@ def test_moments_are_those_of_the_samples(baseline, statistics, float64):
     close(variance(streamed.moments), expected)
 
 
-@pytest.mark.parametrize("credit", ["reward-to-go", "total-return"])
-@pytest.mark.parametrize("baseline", ["leave-one-out", "batch-mean"])
+@pytest.mark.parametrize(
+    ("baseline", "credit"),
+    [("leave-one-out", "reward-to-go"), ("batch-mean", "total-return")],
+)
 def test_running_sums_are_the_replayed_pass(baseline, credit, float64):
     which = estimator(baseline, credit=credit, discount=0.7)
     replayed = stream(which, 4)
