@@ -59,16 +59,13 @@ from jaxpg.gradients import (
     score_gradient,
     trajectory_gradients,
 )
+from jaxpg.heads import Head, categorical_head, gaussian_head, head_for
 from jaxpg.networks import mlp
 from jaxpg.policies import (
-    Head,
     Policy,
-    categorical_head,
     from_apply,
     from_linen,
     from_nnx,
-    gaussian_head,
-    head_for,
     log_prob_fn,
     mlp_policy,
     tabular_policy,

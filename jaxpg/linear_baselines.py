@@ -28,7 +28,7 @@ from jaxpg._checks import check_positive, check_range
 from jaxpg.baselines import Baseline, stateless
 from jaxpg.credit import Credit, mean_credit
 from jaxpg.envs.base import Space
-from jaxpg.policies import flat_features
+from jaxpg.networks import flat_features
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = [

@@ -6,17 +6,75 @@ Any other network, in any library, can take their place through `policies.from_a
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
-from jaxtyping import Array
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
 
 from jaxpg._checks import check_choice, check_positive
+from jaxpg.envs.base import Discrete, Space
+from jaxpg.types import Params, PRNGKey, PyTree
 
 if TYPE_CHECKING:
     from flax import nnx
 
-__all__ = ["ACTIVATIONS", "mlp"]
+__all__ = ["ACTIVATIONS", "Network", "feedforward", "flat_features", "mlp"]
+
+
+class Network(NamedTuple):
+    """A function of what was observed, with or without memory, as pure functions.
+
+    Policies and critics are both made of one: a policy puts a head on it.
+
+    Attributes:
+        init: `init(key, obs) -> params`, from one observation.
+        initial_carry: the memory at an episode's start; None without memory.
+        step: `step(params, carry, obs) -> (outputs [K], carry)` for one decision.
+        unroll: `unroll(params, carry, obs [T], starts [T]) -> (outputs [T, K], carries
+            [T])` for one row: `carry` is the memory before the row's first decision,
+            `starts[t]` puts the initial memory in its place before decision t, and
+            `carries[t]` is the memory after decision t. It agrees with `step`.
+        is_recurrent: whether memory matters; rows of a memoryless one may be cut.
+    """
+
+    init: Callable[[PRNGKey, PyTree], Params]
+    initial_carry: Callable[[], PyTree]
+    step: Callable[[Params, PyTree, PyTree], tuple[Array, PyTree]]
+    unroll: Callable[[Params, PyTree, PyTree, Array], tuple[Array, PyTree]]
+    is_recurrent: bool = False
+
+
+def feedforward(
+    init: Callable[[PRNGKey, PyTree], Params],
+    apply: Callable[[Params, PyTree], Array],
+) -> Network:
+    """A memoryless network from two plain functions of one observation.
+
+    Args:
+        init: `init(key, obs) -> params`.
+        apply: `apply(params, obs) -> [K]`.
+
+    Returns:
+        A network whose memory is None.
+
+    >>> network = feedforward(lambda key, obs: 2.0, lambda scale, obs: scale * obs)
+    >>> network.step(2.0, None, jnp.ones(3))[0].tolist()
+    [2.0, 2.0, 2.0]
+    """
+
+    def step(params: Params, carry: PyTree, obs: PyTree) -> tuple[Array, PyTree]:
+        return apply(params, obs), carry
+
+    def unroll(
+        params: Params, carry: PyTree, obs: PyTree, starts: Array
+    ) -> tuple[Array, PyTree]:
+        del starts
+        return jax.vmap(apply, (None, 0))(params, obs), carry
+
+    return Network(init, lambda: None, step, unroll)
+
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jax.numpy.tanh,
@@ -79,3 +137,15 @@ def mlp(
         layers += [ACTIVATIONS[activation]]
     layers += [linear(widths[-1], num_outputs, output_scale)]
     return nnx.Sequential(*layers)
+
+
+def flat_features(space: Space) -> tuple[Callable[[PyTree], Array], int]:
+    """An encoder of one observation as a row of floats, and the row's length."""
+    if isinstance(space, Discrete):
+        n = space.n
+        return (lambda obs: jax.nn.one_hot(obs, n, dtype=float)), n
+
+    def flatten(obs: PyTree) -> Float[Array, "n"]:
+        return jnp.reshape(obs, (-1,)).astype(float)
+
+    return flatten, max(1, int(np.prod(space.shape)))

@@ -14,24 +14,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from jaxpg.distributions import Categorical, DiagonalGaussian, Distribution
-from jaxpg.envs.base import Box, Discrete, Space
-from jaxpg.networks import mlp
+from jaxpg.distributions import Distribution
+from jaxpg.envs.base import Discrete, Space
+from jaxpg.heads import Head, categorical_head, head_for
+from jaxpg.networks import flat_features, mlp
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = [
-    "Head",
     "Policy",
-    "categorical_head",
     "from_apply",
     "from_linen",
     "from_nnx",
-    "gaussian_head",
-    "head_for",
     "log_prob_fn",
     "mlp_policy",
     "tabular_policy",
@@ -54,85 +49,6 @@ class Policy(NamedTuple):
     step: Callable[[Params, PyTree, PyTree], tuple[Any, PyTree]]
     unroll: Callable[[Params, Trajectory], Any]
     is_recurrent: bool = False
-
-
-class Head(NamedTuple):
-    """How raw network outputs become a distribution over one action space.
-
-    Attributes:
-        num_outputs: how many raw outputs the network must give.
-        init: the head's own parameters, such as a log standard deviation.
-        distribution: `distribution(head_params, outputs)`.
-        space: the action space that it acts in.
-    """
-
-    num_outputs: int
-    init: Callable[[], Params]
-    distribution: Callable[[Params, Array], Distribution]
-    space: Space
-
-
-def categorical_head(space: Discrete) -> Head:
-    """Logits over the integers of a `Discrete` space.
-
-    Raises:
-        ValueError: if the space is not `Discrete`.
-    """
-    if not isinstance(space, Discrete):
-        raise ValueError(
-            f"space is {space!r}, needs a Discrete; for a Box use gaussian_head"
-        )
-    return Head(space.n, dict, lambda _, logits: Categorical(logits), space)
-
-
-def gaussian_head(space: Box, initial_log_std: float = 0.0) -> Head:
-    """A diagonal Gaussian with one learned log standard deviation per dimension.
-
-    Actions are not clipped here: gradients belong to the action that was drawn, and
-    what lies outside the box is the environment's to clip.
-
-    Args:
-        space: a `Box` of rank one.
-        initial_log_std: log of the first standard deviation, in action units.
-
-    Returns:
-        A head whose scale does not depend on the state.
-
-    Raises:
-        ValueError: if the space is not a flat `Box`.
-    """
-    if not isinstance(space, Box) or len(space.shape) != 1:
-        raise ValueError(
-            f"space is {space!r}, needs a Box with shape (D,); flatten the actions"
-        )
-    size = space.shape[0]
-
-    def init() -> Params:
-        return {"log_std": jnp.full((size,), initial_log_std, dtype=float)}
-
-    def distribution(params: Params, mean: Array) -> Distribution:
-        log_std = jnp.broadcast_to(params["log_std"].astype(mean.dtype), mean.shape)
-        return DiagonalGaussian(mean, log_std)
-
-    return Head(size, init, distribution, space)
-
-
-def head_for(space: Space) -> Head:
-    """The usual head for an action space.
-
-    Raises:
-        ValueError: if no head fits the space.
-
-    >>> head_for(Discrete(3)).num_outputs
-    3
-    """
-    if isinstance(space, Discrete):
-        return categorical_head(space)
-    if isinstance(space, Box):
-        return gaussian_head(space)
-    raise ValueError(
-        f"action space is {space!r}, no usual head fits it; build a Head and pass it"
-    )
 
 
 def from_apply(
@@ -307,18 +223,6 @@ def mlp_policy(
             return self.network(encode(obs))
 
     return from_nnx(Encoded, chosen)
-
-
-def flat_features(space: Space) -> tuple[Callable[[PyTree], Array], int]:
-    """An encoder of one observation as a row of floats, and the row's length."""
-    if isinstance(space, Discrete):
-        n = space.n
-        return (lambda obs: jax.nn.one_hot(obs, n, dtype=float)), n
-
-    def flatten(obs: PyTree) -> Float[Array, "n"]:
-        return jnp.reshape(obs, (-1,)).astype(float)
-
-    return flatten, max(1, int(np.prod(space.shape)))
 
 
 def log_prob_fn(policy: Policy) -> Callable[[Params, Trajectory], Array]:

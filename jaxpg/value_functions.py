@@ -34,8 +34,7 @@ from jaxpg.credit import Credit, mean_credit
 from jaxpg.envs.base import Space
 from jaxpg.gradients import Chunks, SumOverRows, sum_over_chunks
 from jaxpg.linear_baselines import as_floats, explained_with_offset, squared_errors
-from jaxpg.networks import mlp
-from jaxpg.policies import flat_features
+from jaxpg.networks import flat_features, mlp
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = [

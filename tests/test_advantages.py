@@ -26,7 +26,8 @@ from jaxpg.advantages import (
 from jaxpg.envs import Discrete
 from jaxpg.envs.tabular import random_mdp
 from jaxpg.gradients import score_gradient
-from jaxpg.policies import categorical_head, from_apply, log_prob_fn
+from jaxpg.heads import categorical_head
+from jaxpg.policies import from_apply, log_prob_fn
 from jaxpg.returns import rewards_to_go, step_discounts
 
 

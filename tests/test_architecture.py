@@ -22,6 +22,8 @@ LAYERS = {
     "types": ["types", "_version", "_checks", "_batching"],
     "mathematics": [
         "distributions",
+        "envs.base",
+        "heads",
         "networks",
         "returns",
         "importance",
@@ -37,7 +39,6 @@ LAYERS = {
         "diagnostics",
         "drift",
         "episodes",
-        "envs.base",
     ],
     "parts": [
         "policies",

@@ -21,7 +21,8 @@ from jaxpg.eligibility import (
 from jaxpg.envs import Discrete
 from jaxpg.envs.tabular import random_mdp, tabular_environment
 from jaxpg.gradients import trajectory_gradients
-from jaxpg.policies import categorical_head, from_apply, log_prob_fn
+from jaxpg.heads import categorical_head
+from jaxpg.policies import from_apply, log_prob_fn
 from jaxpg.returns import rewards_to_go, step_discounts
 from jaxpg.rollout import rollout_segments, start_segments
 from jaxpg.types import Trajectory

@@ -10,7 +10,8 @@ import pytest
 from jaxpg import envs
 from jaxpg.distributions import Categorical
 from jaxpg.envs.base import Box, Discrete, Environment
-from jaxpg.policies import Policy, categorical_head, from_apply, mlp_policy
+from jaxpg.heads import categorical_head
+from jaxpg.policies import Policy, from_apply, mlp_policy
 from jaxpg.train.evaluate import (
     EpisodeResults,
     evaluate,

@@ -24,7 +24,8 @@ from jaxpg.envs.tabular import (
     random_mdp,
     tabular_environment,
 )
-from jaxpg.policies import Policy, categorical_head, from_apply, log_prob_fn
+from jaxpg.heads import categorical_head
+from jaxpg.policies import Policy, from_apply, log_prob_fn
 
 pytestmark = pytest.mark.usefixtures("float64")
 

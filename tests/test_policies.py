@@ -12,17 +12,9 @@ from flax import nnx
 
 from jaxpg.distributions import Categorical, DiagonalGaussian
 from jaxpg.envs import Box, Discrete, MultiDiscrete
+from jaxpg.heads import categorical_head, gaussian_head, head_for
 from jaxpg.networks import ACTIVATIONS, mlp
-from jaxpg.policies import (
-    categorical_head,
-    from_apply,
-    from_linen,
-    from_nnx,
-    gaussian_head,
-    head_for,
-    log_prob_fn,
-    mlp_policy,
-)
+from jaxpg.policies import from_apply, from_linen, from_nnx, log_prob_fn, mlp_policy
 from jaxpg.types import Trajectory
 
 T = 5

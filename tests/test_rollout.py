@@ -12,14 +12,8 @@ from jaxpg.distributions import Categorical, TanhGaussian
 from jaxpg.envs import Box, Discrete, Environment
 from jaxpg.envs.probes import delayed_reward, endless_reward
 from jaxpg.envs.tabular import random_mdp, tabular_environment
-from jaxpg.policies import (
-    Head,
-    Policy,
-    categorical_head,
-    from_apply,
-    log_prob_fn,
-    mlp_policy,
-)
+from jaxpg.heads import Head, categorical_head
+from jaxpg.policies import Policy, from_apply, log_prob_fn, mlp_policy
 from jaxpg.rollout import rollout_episodes, rollout_segments, start_segments
 from jaxpg.train.sharding import place
 from jaxpg.types import StepOutput, Trajectory

@@ -18,7 +18,8 @@ from jaxpg.distributions import Categorical, DiagonalGaussian, TanhGaussian
 from jaxpg.envs import Box, Discrete
 from jaxpg.envs.tabular import random_mdp
 from jaxpg.gradients import score_gradient
-from jaxpg.policies import Head, categorical_head, from_apply, log_prob_fn
+from jaxpg.heads import Head, categorical_head
+from jaxpg.policies import from_apply, log_prob_fn
 from jaxpg.returns import leading_discounts, rewards_to_go, step_discounts
 from jaxpg.surrogate import (
     behaviour_cloning,

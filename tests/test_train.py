@@ -14,7 +14,8 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jaxpg.algos.reinforce import ReinforceConfig
 from jaxpg.envs.base import Box, Discrete, Environment
 from jaxpg.envs.probes import action_dependent_reward, obs_and_action_reward
-from jaxpg.policies import categorical_head, from_apply
+from jaxpg.heads import categorical_head
+from jaxpg.policies import from_apply
 from jaxpg.train.config import TrainConfig, config_from_json, config_to_json
 from jaxpg.train.log import read_rows
 from jaxpg.train.loop import NonFiniteError, resume, train

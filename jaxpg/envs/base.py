@@ -22,6 +22,9 @@ __all__ = [
     "Box",
     "Discrete",
     "Environment",
+    "Masked",
+    "MaskedObs",
+    "MultiBinary",
     "MultiDiscrete",
     "Space",
     "with_time_limit",
@@ -133,7 +136,68 @@ def _as_float(x: np.ndarray) -> Array:
     return jnp.asarray(x, jnp.result_type(float))
 
 
-Space = Discrete | MultiDiscrete | Box
+@dataclasses.dataclass(frozen=True)
+class MultiBinary:
+    """n bits."""
+
+    n: int
+    dtype: Any = jnp.int32
+
+    def __post_init__(self) -> None:
+        check_positive("n", self.n)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.n,)
+
+    def sample(self, key: PRNGKey) -> Array:
+        """Draw every bit from a fair coin."""
+        return jax.random.bernoulli(key, 0.5, self.shape).astype(self.dtype)
+
+    def contains(self, x: Array) -> Bool[Array, ""]:
+        """Whether `x` lies in the space."""
+        return jnp.all((x == 0) | (x == 1))
+
+
+class MaskedObs(NamedTuple):
+    """An observation that says which actions are allowed now.
+
+    Attributes:
+        features: what there is to see.
+        action_mask: whether an action may be taken, for every logit that a head has:
+            [n] for `Discrete`, [sum(nvec)] for `MultiDiscrete`; at least one of each
+            component must be.
+    """
+
+    features: PyTree
+    action_mask: Bool[Array, "*B A"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """Observations of `features` that carry a mask over `num_actions` logits."""
+
+    features: "Space"
+    num_actions: int
+    dtype: Any = None
+
+    def __post_init__(self) -> None:
+        check_positive("num_actions", self.num_actions)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.features.shape
+
+    def sample(self, key: PRNGKey) -> MaskedObs:
+        """Draw features, with every action allowed."""
+        return MaskedObs(self.features.sample(key), jnp.ones((self.num_actions,), bool))
+
+    def contains(self, x: MaskedObs) -> Bool[Array, ""]:
+        """Whether the features lie in their space and some action is allowed."""
+        return self.features.contains(x.features) & jnp.any(x.action_mask)
+
+
+Space = Discrete | MultiDiscrete | MultiBinary | Box | Masked
 
 
 class Environment(NamedTuple):
