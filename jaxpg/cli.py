@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (143 if terminated)
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import sys
 import traceback
@@ -17,6 +18,7 @@ import tyro
 from jaxpg._checks import check_choice, check_positive
 from jaxpg._version import __version__
 from jaxpg.train.config import ALGORITHMS, TrainConfig
+from jaxpg.train.tuned import tuned
 
 __all__ = ["main"]
 
@@ -94,7 +96,11 @@ def _complain(error: BaseException, code: int, debug: bool) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Train a policy. With no option at all: REINFORCE on CartPole-v1."""
+    """Train a policy. With no option at all: REINFORCE on CartPole-v1.
+
+    Defaults are those of the algorithm, or, where the library has settings for the pair
+    of algorithm and environment, those. A population: --num-seeds 5, or
+    --sweep learning_rate 1e-4 3e-4 1e-3 (which may be given several times)."""
 
     config: TrainConfig
     resume: Path | None = None
@@ -129,9 +135,13 @@ def _parse_train(algorithm: str, words: list[str]) -> TrainOptions:
         check_choice("algorithm", algorithm, ALGORITHMS)
     except ValueError as error:
         raise UsageError(error) from error
-    config = TrainConfig(algorithm=ALGORITHMS[algorithm]())
+    words, sweep = _take_sweeps(words)
+    config = tuned(_env_of(words), algorithm)
     program = f"jaxpg train {algorithm}"
     options = _parse(TrainOptions, words, program, TrainOptions(config=config))
+    if sweep:
+        swept = dataclasses.replace(options.config, sweep=sweep)
+        options = dataclasses.replace(options, config=swept)
     if options.resume is None:
         return options
     from jaxpg.train.run import read_config
@@ -147,6 +157,38 @@ def _parse_train(algorithm: str, words: list[str]) -> TrainOptions:
             "out, or start a new run without --resume"
         )
     return options
+
+
+def _env_of(words: list[str]) -> str:
+    """The environment that is asked for, before anything else is known."""
+    for word, following in itertools.pairwise([*words, ""]):
+        if word == "--env":
+            return following
+        if word.startswith("--env="):
+            return word.partition("=")[2]
+    return TrainConfig.env
+
+
+def _take_sweeps(
+    words: list[str],
+) -> tuple[list[str], tuple[tuple[str, tuple[float, ...]], ...]]:
+    """Take `--sweep NAME VALUE VALUE ...` out of the words, each time it is there."""
+    rest, sweeps = list(words), []
+    while "--sweep" in rest:
+        begin = rest.index("--sweep")
+        taken = list(
+            itertools.takewhile(lambda x: not x.startswith("--"), rest[begin + 1 :])
+        )
+        del rest[begin : begin + 1 + len(taken)]
+        try:
+            name, *values = taken
+            sweeps.append((name.replace("-", "_"), tuple(float(x) for x in values)))
+        except ValueError as error:
+            raise UsageError(
+                f"--sweep {' '.join(taken)} needs the name of a setting and numbers, "
+                "for example --sweep learning_rate 1e-4 3e-4 1e-3"
+            ) from error
+    return rest, tuple(sweeps)
 
 
 def _differences(old: Any, new: Any) -> list[str]:
@@ -243,8 +285,10 @@ def _eval(words: list[str]) -> int:
     update, trees = load_params(run, options.checkpoint)
     play = _make_player(run, options)
     rows = [
-        {"seed": run.config.seed + index} | summarize(play(params, index))
-        for index, params in enumerate(trees)
+        member | summarize(play(params, index))
+        for index, (member, params) in enumerate(
+            zip(run.config.members(), trees, strict=True)
+        )
     ]
     where = "Gymnasium's" if options.gymnasium else "jaxpg's"
     how = "greedy" if options.greedy else "drawn"

@@ -33,8 +33,10 @@ from jaxpg.types import Params, PyTree
 __all__ = [
     "Chunks",
     "LogProbFn",
+    "MapRows",
     "SumOverRows",
     "check_rows",
+    "map_plainly",
     "score_gradient",
     "score_gradients",
     "sum_over_chunks",
@@ -79,6 +81,23 @@ class SumOverRows(Protocol):
         chunks: Chunks,
     ) -> Any:
         """See `sum_over_chunks`."""
+
+
+@runtime_checkable
+class MapRows(Protocol):
+    """How work on each row for itself is done: plainly, or on each device's own."""
+
+    def __call__(
+        self, fn: Callable[[Any, PyTree], PyTree], shared: Any, rows: PyTree
+    ) -> PyTree:
+        """`fn(shared, some_rows) -> new rows`, put together; B stays in front."""
+
+
+def map_plainly(
+    fn: Callable[[Any, PyTree], PyTree], shared: Any, rows: PyTree
+) -> PyTree:
+    """`fn(shared, rows)`: all rows at once, on one device."""
+    return fn(shared, rows)
 
 
 def sum_over_chunks(

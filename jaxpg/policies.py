@@ -7,28 +7,49 @@
 
 A *head* turns a network's raw outputs into a distribution over the action space; a
 network comes from Flax NNX, Flax Linen, or any pair of plain functions. `step` serves
-the rollout, `unroll` the gradient, and the two agree decision by decision.
+the rollout, `unroll` the gradient, and the two agree decision by decision, across the
+ends of episodes too. Where observations say which actions are allowed (`MaskedObs`),
+the others have probability zero.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxpg._checks import check_positive
 from jaxpg.distributions import Distribution
-from jaxpg.envs.base import Discrete, Space
+from jaxpg.envs.base import (
+    Discrete,
+    Masked,
+    MaskedObs,
+    MultiBinary,
+    MultiDiscrete,
+    Space,
+)
 from jaxpg.heads import Head, categorical_head, head_for
-from jaxpg.networks import flat_features, mlp
+from jaxpg.layers import split_module
+from jaxpg.networks import (
+    Network,
+    cnn_network,
+    feedforward,
+    gru_network,
+    mlp_network,
+)
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = [
     "Policy",
+    "cnn_policy",
     "from_apply",
     "from_linen",
+    "from_network",
     "from_nnx",
     "log_prob_fn",
     "mlp_policy",
+    "recurrent_policy",
     "tabular_policy",
 ]
 
@@ -42,6 +63,10 @@ class Policy(NamedTuple):
         step: one decision's distribution and the next memory.
         unroll: the distributions of a whole row, [T], restarting at episode starts.
         is_recurrent: whether memory matters; rows of a memoryless one may be cut.
+        noise_hold: how many consecutive decisions of an episode share the key that
+            their actions are drawn with. At 1 draws are independent. Above it the
+            trajectory's law is not the product of its decisions' densities, and
+            estimates made of scores are biased.
     """
 
     init: Callable[[PRNGKey, PyTree], Params]
@@ -49,6 +74,80 @@ class Policy(NamedTuple):
     step: Callable[[Params, PyTree, PyTree], tuple[Any, PyTree]]
     unroll: Callable[[Params, Trajectory], Any]
     is_recurrent: bool = False
+    noise_hold: int = 1
+
+
+def from_network(
+    network: Network,
+    head: Head,
+    *,
+    observation_space: Space | None = None,
+    noise_hold: int = 1,
+) -> Policy:
+    """A policy from a network, with or without memory, and a head.
+
+        step(params, carry, obs) = head(mask(network.step(params, carry, obs), obs))
+
+    where `mask` gives the logit -inf to actions that a `MaskedObs` does not allow. A
+    row that knows its memory (`trajectory.carry`) is unrolled from there, any other
+    from the initial one.
+
+    Args:
+        network: gives `head.num_outputs` numbers for one observation.
+        head: turns the outputs into a distribution.
+        observation_space: where observations live; lets masks that do not fit the head
+            be refused here and not at `init`.
+        noise_hold: how many consecutive decisions share the key of their draws.
+
+    Returns:
+        A policy whose params are `{"network": ..., "head": ...}`.
+
+    Raises:
+        ValueError: if `noise_hold` is not positive or a mask does not fit the head; at
+            `init`, if the network gives another number of outputs.
+
+    Bias: at `noise_hold` above 1 estimates made of scores are biased.
+
+    >>> head = categorical_head(Discrete(2))
+    >>> policy = from_network(mlp_network(Masked(Discrete(3), 2), 2), head)
+    >>> obs = MaskedObs(jnp.array(0), jnp.array([True, False]))
+    >>> params = policy.init(jax.random.key(0), obs)
+    >>> policy.step(params, None, obs)[0].log_prob(jnp.array(1)).item()
+    -inf
+    """
+    check_positive("noise_hold", noise_hold)
+    if isinstance(observation_space, Masked):
+        _check_mask(observation_space.num_actions, head)
+
+    def init(key: PRNGKey, obs: PyTree) -> Params:
+        params = {"network": network.init(key, obs), "head": head.init()}
+        carry = network.initial_carry()
+        outputs, _ = jax.eval_shape(network.step, params["network"], carry, obs)
+        if outputs.shape != (head.num_outputs,):
+            raise ValueError(
+                f"the network gives outputs of shape {outputs.shape}, but the head for "
+                f"{head.space!r} needs ({head.num_outputs},)"
+            )
+        if isinstance(obs, MaskedObs):
+            _check_mask(obs.action_mask.shape[-1], head)
+        return params
+
+    def distribution(params: Params, outputs: Array, obs: PyTree) -> Distribution:
+        return head.distribution(params["head"], _allowed_only(head, outputs, obs))
+
+    def step(params: Params, carry: PyTree, obs: PyTree) -> tuple[Distribution, PyTree]:
+        outputs, carry = network.step(params["network"], carry, obs)
+        return distribution(params, outputs, obs), carry
+
+    def unroll(params: Params, trajectory: Trajectory) -> Distribution:
+        obs, carry = trajectory.obs, trajectory.carry
+        carry = network.initial_carry() if carry is None else carry
+        outputs, _ = network.unroll(params["network"], carry, obs, trajectory.starts)
+        return jax.vmap(distribution, (None, 0, 0))(params, outputs, obs)
+
+    return Policy(
+        init, network.initial_carry, step, unroll, network.is_recurrent, noise_hold
+    )
 
 
 def from_apply(
@@ -77,26 +176,7 @@ def from_apply(
     [0.0, 0.0]
     """
 
-    def init_both(key: PRNGKey, obs: PyTree) -> Params:
-        params = {"network": init(key, obs), "head": head.init()}
-        outputs = jax.eval_shape(apply, params["network"], obs)
-        if outputs.shape != (head.num_outputs,):
-            raise ValueError(
-                f"the network gives outputs of shape {outputs.shape}, but the head for "
-                f"{head.space!r} needs ({head.num_outputs},)"
-            )
-        return params
-
-    def distribution(params: Params, obs: PyTree) -> Distribution:
-        return head.distribution(params["head"], apply(params["network"], obs))
-
-    def step(params: Params, carry: PyTree, obs: PyTree) -> tuple[Distribution, PyTree]:
-        return distribution(params, obs), carry
-
-    def unroll(params: Params, trajectory: Trajectory) -> Distribution:
-        return jax.vmap(distribution, (None, 0))(params, trajectory.obs)
-
-    return Policy(init_both, lambda: None, step, unroll)
+    return from_network(feedforward(init, apply), head)
 
 
 def tabular_policy(observation_space: Discrete, action_space: Discrete) -> Policy:
@@ -160,25 +240,8 @@ def from_nnx(make_module: Callable[[Any], Any], head: Head) -> Policy:
     Returns:
         A policy whose network params are plain nested dictionaries.
     """
-    from flax import nnx
-
-    def build(key: PRNGKey) -> Any:
-        return make_module(nnx.Rngs(params=key))
-
-    def abstract() -> tuple[Any, Any]:
-        return nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
-
-    def init(key: PRNGKey, obs: PyTree) -> Params:
-        del obs  # an NNX module knows its input sizes when it is built
-        _, state = nnx.split(build(key))
-        return nnx.to_pure_dict(state)
-
-    def apply(params: Params, obs: PyTree) -> Array:
-        graph, state = abstract()
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graph, state)(obs)
-
-    return from_apply(init, apply, head)
+    init, bind = split_module(make_module)
+    return from_apply(init, lambda params, obs: bind(params)(obs), head)
 
 
 def mlp_policy(
@@ -205,24 +268,92 @@ def mlp_policy(
         ValueError: if a space or a size does not fit.
     """
     chosen = head_for(action_space) if head is None else head
-    encode, num_features = flat_features(observation_space)
+    network = mlp_network(
+        observation_space, chosen.num_outputs, hidden=hidden, activation=activation
+    )
+    return from_network(network, chosen, observation_space=observation_space)
 
-    from flax import nnx
 
-    class Encoded(nnx.Module):
-        def __init__(self, rngs: Any) -> None:
-            self.network = mlp(
-                num_features,
-                hidden,
-                chosen.num_outputs,
-                rngs=rngs,
-                activation=activation,
-            )
+def cnn_policy(
+    observation_space: Space,
+    action_space: Space,
+    *,
+    channels: Sequence[int] = (16,),
+    kernel: int = 3,
+    hidden: Sequence[int] = (128,),
+    activation: str = "relu",
+    head: Head | None = None,
+) -> Policy:
+    """Convolutions on an image, then a multilayer perceptron.
 
-        def __call__(self, obs: PyTree) -> Array:
-            return self.network(encode(obs))
+    Args:
+        observation_space: a `Box` of shape (height, width, channels), masked or not.
+        action_space: chooses the head.
+        channels: how many each convolution gives.
+        kernel: height and width of each convolution.
+        hidden: width of each hidden layer after the convolutions.
+        activation: a name of `networks.ACTIVATIONS`.
+        head: overrides the usual head for the action space.
 
-    return from_nnx(Encoded, chosen)
+    Returns:
+        A memoryless policy.
+
+    Raises:
+        ValueError: if a space or a size does not fit.
+    """
+    chosen = head_for(action_space) if head is None else head
+    network = cnn_network(
+        observation_space,
+        chosen.num_outputs,
+        channels=channels,
+        kernel=kernel,
+        hidden=hidden,
+        activation=activation,
+    )
+    return from_network(network, chosen, observation_space=observation_space)
+
+
+def recurrent_policy(
+    observation_space: Space,
+    action_space: Space,
+    *,
+    hidden: Sequence[int] = (64,),
+    memory: int = 64,
+    channels: Sequence[int] = (),
+    kernel: int = 3,
+    activation: str = "tanh",
+    head: Head | None = None,
+) -> Policy:
+    """Hidden layers and a gated recurrent unit, for what one observation cannot tell.
+
+    Args:
+        observation_space: flattened as in `mlp_policy`; with convolutions a `Box` of
+            shape (height, width, channels), masked or not.
+        action_space: chooses the head.
+        hidden: width of each hidden layer before the memory.
+        memory: width of the memory.
+        channels: how many each convolution gives; without any, none is made.
+        kernel: height and width of each convolution.
+        activation: a name of `networks.ACTIVATIONS`.
+        head: overrides the usual head for the action space.
+
+    Returns:
+        A recurrent policy, whose memory is zeros at an episode's start.
+
+    Raises:
+        ValueError: if a space or a size does not fit.
+    """
+    chosen = head_for(action_space) if head is None else head
+    network = gru_network(
+        observation_space,
+        chosen.num_outputs,
+        hidden=hidden,
+        memory=memory,
+        channels=channels,
+        kernel=kernel,
+        activation=activation,
+    )
+    return from_network(network, chosen, observation_space=observation_space)
 
 
 def log_prob_fn(policy: Policy) -> Callable[[Params, Trajectory], Array]:
@@ -240,3 +371,29 @@ def log_prob_fn(policy: Policy) -> Callable[[Params, Trajectory], Array]:
         return distribution.log_prob(trajectory.action)
 
     return log_probs
+
+
+def _check_mask(length: int, head: Head) -> None:
+    """Refuse masks over actions that the head does not have."""
+    if not isinstance(head.space, Discrete | MultiDiscrete | MultiBinary):
+        raise ValueError(
+            f"observations mask {length} actions, but the action space is "
+            f"{head.space!r}, needs one of numbers or bits; give the policy "
+            "obs.features alone"
+        )
+    if length != head.num_outputs:
+        raise ValueError(
+            f"action_mask has length {length}, but the head for {head.space!r} needs "
+            f"{head.num_outputs}, one entry for each logit"
+        )
+
+
+def _allowed_only(head: Head, logits: Array, obs: PyTree) -> Array:
+    """Logits of -inf for what `obs` forbids."""
+    if not isinstance(obs, MaskedObs):
+        return logits
+    _check_mask(obs.action_mask.shape[-1], head)
+    # A slot that holds no decision is zeros and forbids all: what it answers counts
+    # nowhere, but must be finite, or 0 * NaN would reach the gradient.
+    empty = ~jnp.any(obs.action_mask)
+    return jnp.where(obs.action_mask | empty, logits, -jnp.inf)

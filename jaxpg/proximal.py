@@ -19,7 +19,12 @@ from jaxtyping import Array, Bool, Float
 from jaxpg._checks import check_no_nan, check_range, check_same_shape
 from jaxpg.importance import MAX_LOG_WEIGHT, finite_log_rhos
 
-__all__ = ["clipped_surrogate", "kl_penalty_surrogate"]
+__all__ = [
+    "clipped_surrogate",
+    "clipped_terms",
+    "kl_penalty_surrogate",
+    "kl_penalty_terms",
+]
 
 
 def clipped_surrogate(
@@ -55,10 +60,44 @@ def clipped_surrogate(
     >>> clipped_surrogate(jnp.log(3 * one), 0 * one, one, mask, epsilon=0.5).item()
     1.5
     """
+    terms = clipped_terms(
+        log_probs, behaviour_log_probs, advantages, mask, epsilon=epsilon
+    )
+    return jnp.sum(terms) / terms.shape[0]
+
+
+def clipped_terms(
+    log_probs: Float[Array, "B T"],
+    behaviour_log_probs: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    epsilon: float | Float[Array, ""] = 0.2,
+) -> Float[Array, "B T"]:
+    """min(rho A, clip(rho, 1 - epsilon, 1 + epsilon) A) of every decision.
+
+    Args:
+        log_probs: of the policy that learns, in nats; the derivative goes through it.
+        behaviour_log_probs: of the policy that acted, held constant.
+        advantages: held constant.
+        mask: whether slot t holds a decision.
+        epsilon: how far a ratio may go before it earns nothing, in (0, 1).
+
+    Returns:
+        The terms of `clipped_surrogate`, 0 in empty slots.
+
+    Raises:
+        ValueError: as `clipped_surrogate`.
+
+    Bias: as `clipped_surrogate`.
+
+    Reference: Schulman et al. 2017, equation 7.
+    """
     check_range("epsilon", epsilon, 0.0, 1.0, open_low=True)
     rhos, advantages = _ratios(log_probs, behaviour_log_probs, advantages, mask)
     held = jnp.clip(rhos, 1.0 - epsilon, 1.0 + epsilon)
-    return _mean(jnp.minimum(rhos * advantages, held * advantages), mask)
+    terms = jnp.minimum(rhos * advantages, held * advantages)
+    return jnp.where(mask, terms, 0.0)
 
 
 def kl_penalty_surrogate(
@@ -96,11 +135,46 @@ def kl_penalty_surrogate(
     >>> kl_penalty_surrogate(zero, zero, 3 * one, one, mask, coefficient=2.0).item()
     1.0
     """
+    terms = kl_penalty_terms(
+        log_probs, behaviour_log_probs, advantages, kls, mask, coefficient=coefficient
+    )
+    return jnp.sum(terms) / terms.shape[0]
+
+
+def kl_penalty_terms(
+    log_probs: Float[Array, "B T"],
+    behaviour_log_probs: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    kls: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    coefficient: float | Float[Array, ""],
+) -> Float[Array, "B T"]:
+    """rho A - coefficient * KL(mu || pi) of every decision.
+
+    Args:
+        log_probs: of the policy that learns, in nats; the derivative goes through it.
+        behaviour_log_probs: of the policy that acted, held constant.
+        advantages: held constant.
+        kls: KL of mu from pi at each decision's observation.
+        mask: whether slot t holds a decision.
+        coefficient: weight of the KL, at least 0.
+
+    Returns:
+        The terms of `kl_penalty_surrogate`, 0 in empty slots.
+
+    Raises:
+        ValueError: as `kl_penalty_surrogate`.
+
+    Bias: as `kl_penalty_surrogate`.
+
+    Reference: Schulman et al. 2017, equation 8.
+    """
     check_range("coefficient", coefficient, 0.0)
     check_same_shape(log_probs=log_probs, kls=kls)
     rhos, advantages = _ratios(log_probs, behaviour_log_probs, advantages, mask)
     penalties = coefficient * jnp.where(mask, kls, 0.0)
-    return _mean(rhos * advantages - penalties, mask)
+    return jnp.where(mask, rhos * advantages - penalties, 0.0)
 
 
 def _ratios(
@@ -118,7 +192,3 @@ def _ratios(
     log_rhos = jnp.where(mask, log_probs - behaviour, 0.0)
     rhos = jnp.exp(jnp.minimum(finite_log_rhos(log_rhos), MAX_LOG_WEIGHT))
     return rhos, jax.lax.stop_gradient(jnp.where(mask, advantages, 0.0))
-
-
-def _mean(terms: Array, mask: Array) -> Array:
-    return jnp.sum(jnp.where(mask, terms, 0.0)) / terms.shape[0]

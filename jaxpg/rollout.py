@@ -14,7 +14,7 @@ holds one episode, masked after its end.
 
 Randomness belongs to the episode: episode i uses `fold_in(key, i)`, and its decision t
 `fold_in` of that with t; only the reset is the first episode's of a group, where there
-are groups. Slots, chunks and devices therefore never change the sample.
+are groups, and a policy that holds its noise draws with the key of an earlier t. Slots, chunks and devices therefore never change the sample.
 
 Capacity. N episodes of at most L decisions need at most K * L turns, K = ceil(N / M):
 after (K - 1) * L turns every slot has finished K - 1 episodes or found the queue empty,
@@ -270,7 +270,7 @@ def _decide(
     env: Environment, policy: Policy, params: Params, slot: Slot, keep_next_obs: bool
 ) -> tuple[Slot, Trajectory]:
     """One decision of one slot: the slot after it, and the facts of it."""
-    key_action, key_step = jax.random.split(jax.random.fold_in(slot.key, slot.time))
+    key_action, key_step = _decision_keys(slot, policy.noise_hold)
     distribution, carry = policy.step(params, slot.carry, slot.obs)
     action = distribution.sample(key_action)
     env_state, output = env.step(key_step, slot.env_state, distribution.to_env(action))
@@ -278,6 +278,15 @@ def _decide(
         env_state=env_state, obs=output.obs, carry=carry, time=slot.time + 1
     )
     return after, _facts(slot, action, distribution, output, keep_next_obs)
+
+
+def _decision_keys(slot: Slot, noise_hold: int) -> tuple[Array, Array]:
+    """Keys of the action and of the world; the former is held over some decisions."""
+    key_action, key_step = jax.random.split(jax.random.fold_in(slot.key, slot.time))
+    if noise_hold > 1:
+        held = jax.random.fold_in(slot.key, slot.time // noise_hold)
+        key_action, _ = jax.random.split(held)
+    return key_action, key_step
 
 
 def _facts(

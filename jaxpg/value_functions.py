@@ -41,6 +41,8 @@ __all__ = [
     "TargetStatistics",
     "ValueState",
     "from_value_function",
+    "no_statistics",
+    "update_statistics",
     "value_network_baseline",
 ]
 
@@ -188,9 +190,7 @@ def from_value_function(
         params = init(key, obs)
         output = jax.eval_shape(apply, params, obs)
         check_rank("apply(params, obs)", output, 0, "() = one number; take output[0]")
-        zero = jnp.zeros((), float)
-        targets = TargetStatistics(zero, zero, zero)
-        return ValueState(params, optimizer.init(params), targets)
+        return ValueState(params, optimizer.init(params), no_statistics())
 
     def summarize(params: Params, trajectories: Trajectory, credit: Credit) -> tuple:
         del params, trajectories, credit
@@ -218,7 +218,7 @@ def from_value_function(
             return sum_over_rows(fn, shared, rows, trajectories.mask, chunks)
 
         errors = total(_squared_errors_of_rows, (state.params, state.targets))
-        targets = _update_statistics(state.targets, credit)
+        targets = update_statistics(state.targets, credit)
         reach = jnp.sum(credit.reach)
         reach = jnp.where(reach > 0.0, reach, 1.0)
 
@@ -280,16 +280,32 @@ def _descend(
     return optax.apply_updates(params, updates), opt_state
 
 
-def _update_statistics(old: TargetStatistics, credit: Credit) -> TargetStatistics:
+def no_statistics() -> TargetStatistics:
+    """Those before the first fit: all 0, and so is V."""
+    zero = jnp.zeros((), float)
+    return TargetStatistics(zero, zero, zero)
+
+
+def update_statistics(
+    old: TargetStatistics, credit: Credit, kept: float = DECAY
+) -> TargetStatistics:
     """An exponential mean over fits: of one batch alone they would shake V.
 
     The variance is pooled about the means; E[x^2] - E[x]^2 would lose its digits.
+
+    Args:
+        old: before the batch.
+        credit: of the batch; targets are value / reach, weighed by reach.
+        kept: how much of the old ones stays, in [0, 1).
+
+    Returns:
+        The statistics with the batch taken in.
     """
     reach = jnp.sum(credit.reach)
     mean = mean_credit(jnp.sum(credit.value), reach)
     variance = mean_credit(squared_errors(mean, credit), reach)
-    weight = DECAY * old.weight + (1.0 - DECAY)
-    rate = (1.0 - DECAY) / weight
+    weight = kept * old.weight + (1.0 - kept)
+    rate = (1.0 - kept) / weight
     step = mean - old.mean
     kept = old.variance + rate * step**2
     return TargetStatistics(

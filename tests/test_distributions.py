@@ -8,21 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
+from jax.flatten_util import ravel_pytree
 from numpyro.distributions import transforms
 
-from jaxpg import distributions
 from jaxpg.distributions import (
     Bernoulli,
     Categorical,
     DiagonalGaussian,
     Distribution,
     MultiCategorical,
+    StateDependentGaussian,
     TanhGaussian,
+    discrete,
+    entropy_of,
 )
 
 LOW, HIGH = -0.5, 2.0
 MASKS = [-np.inf, -1e4, float(np.finfo(np.float32).min)]
-KINDS = ["categorical", "multi", "bernoulli", "gaussian", "tanh"]
+HAVE_KL = ("gaussian", "noise")  # in numpyro
+KINDS = ["categorical", "multi", "bernoulli", "gaussian", "tanh", "noise"]
 
 
 def normal(seed, *shape, dtype=jnp.float32):
@@ -41,6 +45,10 @@ def make(kind, seed, batch=(), size=3, dtype=jnp.float32):
         return Bernoulli(2 * first)
     if kind == "gaussian":
         return DiagonalGaussian(first, second)
+    if kind == "noise":
+        features = normal(seed + 2, *batch, 2, dtype=dtype)
+        log_std = 0.5 * normal(seed + 3, *batch, 2, size, dtype=dtype)
+        return StateDependentGaussian(first, features, log_std)
     return TanhGaussian(first, second, LOW, HIGH)
 
 
@@ -61,13 +69,22 @@ def scores_of(policy, actions):
     return jax.vmap(jax.grad(lambda d, a: d.log_prob(a)), (None, 0))(policy, actions)
 
 
+def std_of(policy):
+    """The standard deviation of a normal policy, written without our code."""
+    if not isinstance(policy, StateDependentGaussian):
+        return np.exp(policy.log_std)
+    features, log_std = np.asarray(policy.features), np.asarray(policy.log_std)
+    variance = np.einsum("...f,...fd->...d", features**2, np.exp(2 * log_std))
+    return np.sqrt(variance + 1e-6).astype(features.dtype)
+
+
 def numpyro_twin(policy):
     if isinstance(policy, Categorical):
         return dist.CategoricalLogits(policy.logits)
     if isinstance(policy, Bernoulli):
         return dist.BernoulliLogits(policy.logits).to_event(1)
-    base = dist.Normal(policy.mean, jnp.exp(policy.log_std)).to_event(1)
-    if isinstance(policy, DiagonalGaussian):
+    base = dist.Normal(policy.mean, std_of(policy)).to_event(1)
+    if not isinstance(policy, TanhGaussian):
         return base
     squash = [  # tanh(x) = 2 sigmoid(2x) - 1
         transforms.AffineTransform(0.0, 2.0),
@@ -79,7 +96,9 @@ def numpyro_twin(policy):
 
 @pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
 @pytest.mark.parametrize("size", [1, 2, 9])
-@pytest.mark.parametrize("kind", ["categorical", "bernoulli", "gaussian", "tanh"])
+@pytest.mark.parametrize(
+    "kind", ["categorical", "bernoulli", "gaussian", "tanh", "noise"]
+)
 @pytest.mark.parametrize("dtype, rtol", [("float32", 1e-5), ("float64", 1e-9)])
 def test_agrees_with_numpyro(kind, size, batch, dtype, rtol, float64):
     p, q = (make(kind, seed, batch, size, dtype) for seed in (0, 10))
@@ -88,14 +107,14 @@ def test_agrees_with_numpyro(kind, size, batch, dtype, rtol, float64):
     def ours():
         numbers = [p.log_prob(action)]
         numbers += [p.entropy()] if kind != "tanh" else []
-        return numbers + ([p.kl(q)] if kind == "gaussian" else [])
+        return numbers + ([p.kl(q)] if kind in HAVE_KL else [])
 
     def theirs():
         twin = numpyro_twin(p)
         numbers = [twin.log_prob(p.to_env(action))]
         numbers += [twin.entropy()] if kind != "tanh" else []
-        kl = [dist.kl_divergence(twin, numpyro_twin(q))] if kind == "gaussian" else []
-        return numbers + kl
+        has_kl = kind in HAVE_KL
+        return numbers + ([dist.kl_divergence(twin, numpyro_twin(q))] if has_kl else [])
 
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         expected = jax.jit(theirs)()
@@ -135,21 +154,95 @@ def test_discrete_by_enumeration(build, float64):
         assert max(np.abs(score).max() for score in jax.tree.leaves(scores)) > 0.1
 
 
-def test_gaussian_by_quadrature(float64):
-    p, q = (make("gaussian", seed, (), 2, jnp.float64) for seed in (0, 10))
-    # Gauss-Hermite integrates exactly what is a polynomial under the normal: all here.
+def hermite(policy):
+    """Gauss-Hermite under a normal policy: actions [N, D] and their weights [N].
+
+    Exact for what is a polynomial in the action, as all of these numbers are.
+    """
     nodes, weights = np.polynomial.hermite_e.hermegauss(8)
     noise = np.stack(np.meshgrid(nodes, nodes), axis=-1).reshape(-1, 2)
     weights = np.outer(weights, weights).ravel() / (2 * np.pi)
-    actions = jnp.asarray(np.asarray(p.mean) + np.exp(p.log_std) * noise)
+    return jnp.asarray(np.asarray(policy.mean) + std_of(policy) * noise), weights
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "noise"])
+def test_gaussian_by_quadrature(kind, float64):
+    p, q = (make(kind, seed, (), 2, jnp.float64) for seed in (0, 10))
+    actions, weights = hermite(p)
     log_p, log_q = (jax.vmap(d.log_prob)(actions) for d in (p, q))
     np.testing.assert_allclose(p.entropy(), -weights @ log_p, rtol=1e-12)
     np.testing.assert_allclose(p.kl(q), weights @ (log_p - log_q), rtol=1e-12)
     assert p.kl(p) == 0
     scores = scores_of(p, actions)
     for score in scores:
-        np.testing.assert_allclose(weights @ score, 0, atol=1e-12)
+        np.testing.assert_allclose(np.tensordot(weights, score, 1), 0, atol=1e-12)
         assert np.abs(score).max() > 0.1
+
+
+def parameters(policy):
+    """The parameters as one vector, and the way back; bounds are not parameters."""
+    if not isinstance(policy, TanhGaussian):
+        return ravel_pytree(policy)
+    flat, build = ravel_pytree(policy[:2])
+    return flat, lambda x: TanhGaussian(*build(x), *policy[2:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kl_curves_like_the_fisher_information(kind, float64):
+    p = make(kind, 0, (), 2, jnp.float64)
+    if kind in ("gaussian", "tanh", "noise"):
+        actions, weights = hermite(p)
+    else:
+        actions = every_action(p)
+        weights = np.exp(jax.vmap(p.log_prob)(actions))
+    flat, build = parameters(p)
+    score = jax.vmap(jax.grad(lambda x, a: build(x).log_prob(a)), (None, 0))
+    scores = np.asarray(jax.jit(score)(flat, actions))
+    fisher = np.einsum("n,ni,nj->ij", weights, scores, scores)
+    assert np.linalg.matrix_rank(fisher) >= 1 and np.abs(fisher).max() > 0.1
+    for kl in (lambda x: p.kl(build(x)), lambda x: build(x).kl(p)):
+        np.testing.assert_allclose(jax.grad(kl)(flat), 0, atol=1e-12)
+        np.testing.assert_allclose(jax.jit(jax.hessian(kl))(flat), fisher, atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", MASKS)
+@pytest.mark.parametrize("source", ["logits", "where"])
+@pytest.mark.parametrize("num_actions", [5, 11])  # both ways of log_prob
+def test_second_derivatives_pass_masked_actions_by(num_actions, source, masked):
+    """What TRPO's Fisher-vector product does, against diag(p) - p pᵀ of the rest."""
+    kept = np.arange(num_actions) % 4 != 0
+    raw, vector = normal(0, num_actions), normal(1, num_actions)
+    mask = lambda x: Categorical(jnp.where(kept, x, masked))  # noqa: E731
+    build, at = (mask, raw) if source == "where" else (Categorical, mask(raw).logits)
+    p = build(at)
+    probs = np.where(kept, np.exp(np.asarray(raw, np.float64)), 0.0)
+    probs /= probs.sum()
+    fisher = np.diag(probs) - np.outer(probs, probs)
+
+    def both(kl):
+        return jax.jit(lambda x: jax.jvp(jax.grad(kl), (x,), (vector,)))(at)
+
+    # A second component, for a mask in one must leave the other alone.
+    beside = (normal(2, 3),)
+    pair = MultiCategorical((p.logits, *beside))
+    for kl in (
+        lambda x: p.kl(build(x)),
+        lambda x: build(x).kl(p),
+        lambda x: pair.kl(MultiCategorical((build(x).logits, *beside))),
+    ):
+        slope, curved = both(kl)
+        np.testing.assert_allclose(slope, 0, atol=1e-6)
+        np.testing.assert_allclose(curved, fisher @ vector, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(np.asarray(curved)[~kept], 0)
+    # Away from equality: d KL(p || q) / d logits of q = q - p.
+    slope, _ = both(lambda x: p.kl(build(0.5 * x)))
+    other = np.where(kept, np.exp(0.5 * np.asarray(raw, np.float64)), 0.0)
+    expected = 0.5 * (other / other.sum() - probs)
+    np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=1e-6)
+    entropy = both(lambda x: build(x).entropy())
+    assert all(np.all(np.isfinite(number)) for number in entropy)
+    log_prob = both(lambda x: build(x).log_prob(jnp.array(1)))
+    np.testing.assert_allclose(log_prob[1], -fisher @ vector, rtol=1e-5, atol=1e-6)
 
 
 def test_gaussian_kl_keeps_its_digits_near_equality():
@@ -192,6 +285,20 @@ def test_tanh_gaussian_is_right_where_tanh_saturates():
     score = jax.vmap(jax.grad(policy.log_prob))(jnp.asarray(pre, jnp.float32)[:, None])
     slope = -z / np.exp(log_std) + 2 * np.tanh(x)
     np.testing.assert_allclose(score[:, 0], slope.astype(float), rtol=1e-5, atol=1e-5)
+    slopes = scores_of(policy, jnp.asarray(pre, jnp.float32)[:, None])
+    expected_slopes = (z / np.exp(log_std), z**2 - 1)
+    for found, expected in zip(slopes[:2], expected_slopes, strict=True):
+        close = dict(rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found[:, 0], expected.astype(float), **close)
+    # Squashed far out, a mean still has slopes: of the entropy, and of the action.
+    for far in (-20.0, 20.0):
+        there = policy._replace(mean=jnp.full(1, far))
+        key = jax.random.key(0)
+        entropy = jax.grad(lambda d: d.sampled_entropy(key))(there)  # noqa: B023
+        np.testing.assert_allclose(entropy.mean, -2 * np.sign(far), rtol=1e-5)
+        assert all(np.all(np.isfinite(leaf)) for leaf in entropy)
+        action = jax.grad(lambda d: d.to_env(d.sample(key)).sum())(there)  # noqa: B023
+        assert all(np.all(np.isfinite(leaf)) for leaf in action)
 
 
 def test_tanh_gaussian_sampled_entropy_is_unbiased(float64):
@@ -256,7 +363,7 @@ U = jnp.asarray(U, jnp.float32)
 def invert(logits, u):
     """Actions of one row of logits for every u."""
     rows = jnp.broadcast_to(logits, (len(u), len(logits)))
-    return np.asarray(jax.jit(distributions._invert_cdf)(rows, u))
+    return np.asarray(jax.jit(discrete._invert_cdf)(rows, u))
 
 
 @pytest.mark.parametrize("masked", MASKS)
@@ -292,13 +399,13 @@ def test_largest_uniform_stays_below_every_total():
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(size=(20_000, 6)), jnp.float32)
     logits = jnp.concatenate([logits, jnp.full((20_000, 2), -jnp.inf)], axis=-1)
-    actions = distributions._invert_cdf(logits, jnp.full(20_000, U[-1]))
+    actions = discrete._invert_cdf(logits, jnp.full(20_000, U[-1]))
     assert np.asarray(actions).max() == 5
 
 
 def test_two_actions_cost_one_comparison():
     def draw(logits, u):
-        return distributions._invert_cdf(logits, u)
+        return discrete._invert_cdf(logits, u)
 
     lowered = jax.jit(draw).lower(jnp.zeros((5, 2)), jnp.zeros(5)).as_text()
     assert lowered.count("stablehlo.compare") == 1
@@ -306,7 +413,7 @@ def test_two_actions_cost_one_comparison():
 
 @pytest.mark.parametrize("dtype, bits", [("float32", 24), ("bfloat16", 24)])
 def test_uniforms_lie_in_the_middle_of_their_cells(dtype, bits):
-    u = distributions._uniform(jax.random.key(0), (100_000,), jnp.dtype(dtype))
+    u = discrete._uniform(jax.random.key(0), (100_000,), jnp.dtype(dtype))
     cells = np.asarray(u, np.float64) * 2**bits
     assert np.all(cells % 2 == 1)
     assert 0 < np.asarray(u).min() and np.asarray(u).max() < 1
@@ -328,15 +435,42 @@ def test_draws_have_their_frequencies(kind, size):
     assert np.abs(z).max() < 4
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "tanh"])
+@pytest.mark.parametrize("kind", ["gaussian", "tanh", "noise", "noise-floor"])
 def test_gaussian_draws_have_their_moments(kind):
-    policy, num = make(kind, 3), 100_000
+    policy, num = make(kind.removesuffix("-floor"), 3), 100_000
+    if kind == "noise-floor":  # what is left where all features vanish
+        policy = policy._replace(features=jnp.zeros(2), mean=jnp.zeros(3))
+        np.testing.assert_allclose(std_of(policy), 1e-3, rtol=1e-6)
     draw = jax.vmap(policy.sample)(jax.random.split(jax.random.key(5), num))
-    z = np.asarray((draw - policy.mean[None]) / jnp.exp(policy.log_std)[None])
+    z = np.asarray(draw - policy.mean[None]) / std_of(policy)
     assert np.abs(z.mean(axis=0)).max() < 4 / math.sqrt(num)
     assert np.abs((z**2).mean(axis=0) - 1).max() < 4 * math.sqrt(2 / num)
     off_diagonal = (z.T @ z / num)[np.triu_indices(3, 1)]
     assert np.abs(off_diagonal).max() < 4 / math.sqrt(num)
+
+
+def test_one_key_holds_the_noise_of_every_state():
+    """For one key, noise is an affine function of the features, the same for all."""
+    policy, key = make("noise", 3), jax.random.key(6)
+
+    def noise(features, mean=policy.mean):
+        there = policy._replace(features=jnp.asarray(features), mean=mean)
+        return np.asarray(there.sample(key) - mean)
+
+    rest = noise([0.0, 0.0])
+    first, second = noise([1.0, 0.0]) - rest, noise([0.0, 1.0]) - rest
+    mixed = noise([2.0, -3.0], mean=7 + policy.mean) - rest
+    np.testing.assert_allclose(mixed, 2 * first - 3 * second, rtol=1e-4, atol=1e-5)
+    assert np.abs(first).min() > 0.01 and np.abs(second).min() > 0.01
+    assert np.all(policy.sample(jax.random.key(7)) != policy.sample(key))
+
+
+def test_rows_of_a_batch_have_noise_of_their_own():
+    policy = make("noise", 3)
+    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (50_000, 2, *x.shape)), policy)
+    z = np.asarray(rows.sample(jax.random.key(8)) - rows.mean) / std_of(policy)
+    between = (z[:, 0] * z[:, 1]).mean(axis=0)
+    assert np.abs(between).max() < 4 / math.sqrt(50_000)
 
 
 def test_gaussian_draws_carry_gradients():
@@ -422,13 +556,12 @@ def test_half_precision_draws_use_full_precision_uniforms():
 def numbers(policy, key):
     """Everything a distribution says, as one tree."""
     action = policy.sample(key)
-    entropy = policy.sampled_entropy if isinstance(policy, TanhGaussian) else None
     return {
         "action": action,
         "mode": policy.mode(),
         "env_action": policy.to_env(action),
         "log_prob": policy.log_prob(action),
-        "entropy": entropy(key) if entropy else policy.entropy(),
+        "entropy": entropy_of(policy, key),
         "kl": policy.kl(jax.tree.map(lambda x: 0.9 * x, policy)),
     }
 
@@ -476,6 +609,20 @@ def test_bernoulli_takes_integers_and_booleans_alike():
     assert policy.log_prob(bits) == policy.log_prob(bits.astype(jnp.uint8))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_entropy_is_drawn_only_where_it_must_be(kind):
+    policy = make(kind, 0, (4,))
+    first, second = (entropy_of(policy, jax.random.key(seed)) for seed in (0, 1))
+    assert first.shape == (4,)
+    if kind == "tanh":
+        assert np.all(first != second)
+        expected = policy.sampled_entropy(jax.random.key(0))
+    else:
+        np.testing.assert_array_equal(first, second)
+        expected = policy.entropy()
+    np.testing.assert_array_equal(first, expected)
+
+
 def test_every_class_has_the_methods_of_the_protocol():
     methods = {name for name in vars(Distribution) if not name.startswith("_")}
     assert methods == {"sample", "log_prob", "entropy", "kl", "mode", "to_env"}
@@ -507,6 +654,20 @@ REFUSED = {
     "gaussian kl": (
         lambda: DiagonalGaussian(wide(2), wide(2)).kl(make("gaussian", 0)),
         r"other.mean has shape \(3,\)",
+    ),
+    "noise features": (
+        lambda: StateDependentGaussian(wide(4, 3), wide(5), wide(4, 5, 3)).entropy(),
+        r"features have shape \(5,\)",
+    ),
+    "noise scale": (
+        lambda: StateDependentGaussian(wide(3), wide(5), wide(3)).sample(
+            jax.random.key(0)
+        ),
+        r"log_std has \(3,\), need \(\*B, F\) and \(\*B, F, D\) beside a mean",
+    ),
+    "noise action": (
+        lambda: make("noise", 0, (4,)).log_prob(wide(3)),
+        r"action has shape \(3,\)",
     ),
     "categorical action": (
         lambda: Categorical(wide(4, 2)).log_prob(jnp.zeros((4, 1), jnp.int32)),

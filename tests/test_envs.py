@@ -14,13 +14,22 @@ from jaxpg.envs import (
     Box,
     Discrete,
     Environment,
+    Masked,
+    MaskedObs,
+    MultiBinary,
     MultiDiscrete,
     make,
     register,
     registry,
     with_time_limit,
 )
-from jaxpg.envs.probes import delayed_reward, endless_reward, remember_first
+from jaxpg.envs.probes import (
+    delayed_reward,
+    endless_reward,
+    masked_actions,
+    push_away,
+    remember_first,
+)
 from jaxpg.types import StepOutput
 
 KEYS = jax.random.split(jax.random.key(0), 500)
@@ -44,6 +53,7 @@ def draw(space):
         (Discrete(3), {0, 1, 2}),
         (MultiDiscrete((2, 3)), {(a, b) for a in range(2) for b in range(3)}),
         (Box(-1, 2, (), jnp.int32), {-1, 0, 1, 2}),
+        (MultiBinary(2), {(0, 0), (0, 1), (1, 0), (1, 1)}),
     ],
 )
 def test_samples_of_finite_spaces_are_all_their_values(space, values):
@@ -95,6 +105,8 @@ def test_uniform_draws_fill_the_box():
         (Discrete(3), jnp.int32(3)),
         (Discrete(3), jnp.int32(-1)),
         (MultiDiscrete((2, 3)), jnp.array([2, 0])),
+        (MultiBinary(2), jnp.array([0, 2])),
+        (MultiBinary(2), jnp.array([-1, 0])),
         (Box(0.0, 1.0, (2,)), jnp.array([0.5, 1.5])),
         (Box(0.0, 1.0, (2,)), jnp.array([-0.5, 0.5])),
         (Box(0, 1, (2,), jnp.int32), jnp.array([0, 2])),
@@ -115,7 +127,48 @@ def test_boxes_with_array_bounds_compare_and_hash():
     assert Box(0.0, 1.0, (2,)) == Box(np.zeros(2), 1, (2,)) != Box(0.0, 1.0, (3,))
 
 
-@pytest.mark.parametrize("space", [Discrete, lambda n: MultiDiscrete((2, n))])
+def test_bits_are_drawn_from_fair_coins_apart_from_each_other():
+    draws = draw(MultiBinary(2)).astype(float)
+    assert draws.shape == (500, 2)
+    # Standard errors: 0.5 / sqrt(500) = 0.022 and 0.25 / sqrt(500) = 0.011.
+    assert (abs(draws.mean(axis=0) - 0.5) < 4 * 0.022).all()
+    assert abs(((draws[:, 0] - 0.5) * (draws[:, 1] - 0.5)).mean()) < 4 * 0.011
+
+
+def test_masked_samples_are_features_with_every_action_allowed():
+    space = Masked(Box(5.0, 6.0, (2,)), 3)
+    assert space.shape == (2,)
+    draws = draw(space)
+    assert isinstance(draws, MaskedObs)
+    assert draws.features.shape == (500, 2) and (draws.features >= 5.0).all()
+    assert draws.action_mask.shape == (500, 3) and draws.action_mask.dtype == bool
+    assert draws.action_mask.all() and jax.vmap(space.contains)(draws).all()
+
+
+@pytest.mark.parametrize(
+    ("features", "mask", "inside"),
+    [
+        (1, [True, False], True),
+        (2, [True, False], False),
+        (1, [False, False], False),
+    ],
+)
+def test_masked_spaces_need_fitting_features_and_an_allowed_action(
+    features, mask, inside
+):
+    obs = MaskedObs(jnp.int32(features), jnp.array(mask))
+    assert Masked(Discrete(2), 2).contains(obs) == inside
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        Discrete,
+        MultiBinary,
+        lambda n: MultiDiscrete((2, n)),
+        lambda n: Masked(Discrete(2), n),
+    ],
+)
 def test_empty_spaces_are_refused(space):
     with pytest.raises(ValueError, match="is 0, needs a whole number of at least 1"):
         space(0)
@@ -197,10 +250,115 @@ def test_matching_number(action, reward):
     assert env.action_space == Box(-1.0, 1.0, (1,))
 
 
+@pytest.mark.parametrize(
+    ("name", "action", "reward"),
+    [
+        # Right: 2 of 2, 1 of 2 (either part), none; an action is right by its place.
+        ("Probe-TwoNumbers-v0", lambda i, j: (i, j), lambda i, j: 1.0),
+        ("Probe-TwoNumbers-v0", lambda i, j: (1 - i, j), lambda i, j: 0.5),
+        ("Probe-TwoNumbers-v0", lambda i, j: (i, (j + 1) % 3), lambda i, j: 0.5),
+        ("Probe-TwoNumbers-v0", lambda i, j: (1 - i, (j + 2) % 3), lambda i, j: 0.0),
+        ("Probe-TwoNumbers-v0", lambda i, j: (j, i), lambda i, j: float(i == j)),
+        ("Probe-Bits-v0", lambda a, b, c: (a, b, c), lambda a, b, c: 1.0),
+        ("Probe-Bits-v0", lambda a, b, c: (a, 1 - b, c), lambda a, b, c: 2 / 3),
+        ("Probe-Bits-v0", lambda a, b, c: (1 - a, b, 1 - c), lambda a, b, c: 1 / 3),
+        (
+            "Probe-Bits-v0",
+            lambda a, b, c: (0, 0, 0),
+            lambda a, b, c: 1 - (a + b + c) / 3,
+        ),
+    ],
+)
+def test_probes_that_are_copied(name, action, reward):
+    env = make(name)
+    states, obs = jax.vmap(env.reset)(KEYS[:60])
+    seen = obs.astype(int).tolist()
+    sizes = {"Probe-TwoNumbers-v0": 2 * 3, "Probe-Bits-v0": 2**3}
+    assert len({tuple(x) for x in seen}) == sizes[name]
+    assert jax.vmap(env.observation_space.contains)(obs).all()
+    actions = jnp.array([action(*x) for x in seen], jnp.int32)
+    _, output = jax.vmap(env.step)(KEYS[:60], states, actions)
+    expected = [reward(*x) for x in seen]
+    np.testing.assert_allclose(output.reward, expected, rtol=1e-6)
+    assert output.terminated.all() and not output.truncated.any()
+
+
+def test_masked_actions():
+    """All 6 masks with both signs, every action; the next mask is the complement."""
+    env = masked_actions(2)
+    states, obs = jax.vmap(env.reset)(KEYS[:100])
+    signs, masks = np.array(obs.features[:, 0]), np.array(obs.action_mask)
+    step = quick(jax.vmap(env.step))
+    met = {(sign, *mask) for sign, mask in zip(signs, masks.tolist(), strict=True)}
+    assert len(met) == 2 * 6 and (masks.sum(axis=1) == 2).all()
+    for action in range(4):
+        actions = jnp.full((100,), action, jnp.int32)
+        after, output = step(KEYS[:100], states, actions)
+        for i, mask in enumerate(masks):
+            lower, higher = np.flatnonzero(mask)
+            asked_for = lower if signs[i] == -1.0 else higher
+            allowed = action in (lower, higher)
+            reward = float(action == asked_for) if allowed else -10.0
+            assert output.reward[i] == reward
+        np.testing.assert_array_equal(output.obs.action_mask, ~masks)
+        assert set(output.obs.features[:, 0].tolist()) == {-1.0, 1.0}
+        assert not output.terminated.any()
+        _, last = step(KEYS[:100], after, actions)
+        # What was forbidden is allowed now, and the reverse.
+        np.testing.assert_array_equal(last.reward == -10.0, masks[:, action])
+        assert last.terminated.all() and not last.truncated.any()
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_push_away_ends_at_the_sixteenth_full_push(side):
+    expected = (
+        [side * t / 16 for t in range(17)],
+        [0.0] * 15 + [1.0],
+        [False] * 15 + [True],
+        [False] * 16,
+    )
+    assert play(push_away(), [[side]] * 16) == expected
+    assert play(push_away(), [[side * 7.0]] * 16) == expected  # clipped to one push
+    seen, rewards, terminated, truncated = play(push_away(3), [[side / 2]] * 3)
+    assert (seen[-1], rewards) == (side * 3 / 32, [0.0] * 3)
+    assert (terminated, truncated) == ([False] * 3, [False, False, True])
+
+
+@pytest.mark.parametrize(
+    ("held", "low", "high"),
+    [
+        # Clipped N(0, 1) numbers have a spread of 0.718, 48 of them pushed by 1/16
+        # 0.311: by convolution they reach 1 or -1 with probability 0.0019.
+        (1, 0.0, 0.02),
+        # Held for 8 decisions: 0.393 by convolution; standard error 0.011.
+        (8, 0.393 - 4 * 0.011, 0.393 + 4 * 0.011),
+        # Held throughout: |action| > 1/3, probability 0.739; standard error 0.010.
+        (48, 0.739 - 4 * 0.010, 0.739 + 4 * 0.010),
+    ],
+)
+def test_push_away_needs_noise_that_lasts(held, low, high):
+    env = push_away()
+
+    def reached(key):
+        noise = jnp.repeat(jax.random.normal(key, (48 // held, 1)), held, axis=0)
+        state, _ = env.reset(key)
+        _, output = jax.lax.scan(lambda s, a: env.step(key, s, a), state, noise)
+        return output.terminated.any()
+
+    assert (
+        low <= quick(jax.vmap(reached))(jax.random.split(KEYS[0], 2000)).mean() <= high
+    )
+
+
 def test_the_coin_is_fair():
     _, obs = jax.vmap(make("Probe-ObsDependentReward-v0").reset)(KEYS)
     # 500 signs: standard error of their mean 1 / sqrt(500) = 0.045.
     assert set(obs[:, 0].tolist()) == {-1.0, 1.0} and abs(obs.mean()) < 4 * 0.045
+
+
+def types(tree, batch_axes=0):
+    """Dtypes and shapes without the batch, for observations of any structure."""
+    return jax.tree.map(lambda x: f"{x.dtype}{x.shape[batch_axes:]}", tree)
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -219,8 +377,9 @@ def test_probes_keep_the_contract(name):
         return obs, jax.lax.scan(one_step, state, keys)[1]
 
     obs, output = quick(jax.vmap(run))(KEYS[:3])
-    assert obs.shape == (3, 1) and obs.dtype == output.obs.dtype == jnp.float32
-    assert env.observation_space.shape == (1,)
+    declared = types(jax.eval_shape(env.observation_space.sample, KEYS[0]))
+    assert types(obs, 1) == types(output.obs, 2) == declared
+    assert jax.vmap(env.observation_space.contains)(obs).all()
     assert output.reward.dtype == jnp.float32 and np.isfinite(output.reward).all()
     ends = output.terminated | output.truncated
     assert ends.dtype == bool
@@ -233,11 +392,15 @@ def test_probes_follow_double_precision(name, float64):
     state, obs = env.reset(jax.random.key(0))
     action = env.action_space.sample(jax.random.key(1))
     _, output = env.step(jax.random.key(2), state, action)
-    assert obs.dtype == output.obs.dtype == output.reward.dtype == jnp.float64
-    assert env.observation_space.dtype == jnp.float64
+    declared = types(jax.eval_shape(env.observation_space.sample, jax.random.key(3)))
+    assert types(obs) == types(output.obs) == declared
+    features = obs.features if isinstance(obs, MaskedObs) else obs
+    assert features.dtype == output.reward.dtype == jnp.float64
 
 
-@pytest.mark.parametrize("probe", [endless_reward, remember_first])
+@pytest.mark.parametrize(
+    "probe", [endless_reward, remember_first, masked_actions, push_away]
+)
 @pytest.mark.parametrize("wrong", [0, -1, 2.0, True])
 def test_probe_lengths_are_checked(probe, wrong):
     with pytest.raises((ValueError, TypeError)):
@@ -292,7 +455,9 @@ def test_names_are_ours_and_gymnax_s():
     known = envs.names()
     assert known[: len(PROBES)] == list(PROBES)
     assert {"CartPole-v1", "MNISTBandit-bsuite", "Seaquest-MinAtar"} < set(known)
-    assert len(known) == len(set(known)) == len(PROBES) + 26
+    ours = known[len(PROBES) : len(PROBES) + 2]
+    assert ours == ["CartPoleNoVelocity-v1", "PendulumNoVelocity-v1"]
+    assert len(known) == len(set(known)) == len(PROBES) + 2 + 26
 
 
 @pytest.mark.parametrize(
@@ -322,6 +487,39 @@ def test_keywords_reach_parameters_and_classes():
     after, _ = heavy.step(jax.random.key(1), state, jnp.zeros((1,)))
     # No gravity and no torque: the speed stays as it was.
     assert after.theta_dot == state.theta_dot != 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "seen"),
+    [
+        ("CartPoleNoVelocity-v1", "CartPole-v1", [0, 2]),
+        ("PendulumNoVelocity-v1", "Pendulum-v1", [0, 1]),
+    ],
+)
+def test_worlds_without_velocities(name, source, seen):
+    """The same episodes, of which less is seen."""
+    env, full = make(name), make(source)
+    assert (env.name, env.max_steps) == (name, full.max_steps)
+    assert env.action_space == full.action_space
+    high = np.asarray(full.observation_space.high)[seen]
+    assert env.observation_space == Box(-high, high, (2,))
+    keys = jax.random.split(jax.random.key(0))
+    state, obs = env.reset(keys[0])
+    full_state, full_obs = full.reset(keys[0])
+    np.testing.assert_array_equal(obs, full_obs[np.array(seen)])
+    action = env.action_space.sample(keys[0])
+    _, output = env.step(keys[1], state, action)
+    _, full_output = full.step(keys[1], full_state, action)
+    np.testing.assert_array_equal(output.obs, full_output.obs[np.array(seen)])
+    assert output.reward == full_output.reward
+
+
+def test_worlds_without_velocities_take_gymnax_s_keywords():
+    env = make("CartPoleNoVelocity-v1", max_steps_in_episode=700)
+    assert env.max_steps == 700
+    assert make("CartPoleNoVelocity-v1", max_steps=50).max_steps == 50
+    with pytest.raises(ValueError, match=r"gravitas is no parameter .*gravity"):
+        make("CartPoleNoVelocity-v1", gravitas=1.0)
 
 
 def test_time_limit_for_any_world():

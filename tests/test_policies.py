@@ -10,11 +10,27 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxpg.distributions import Categorical, DiagonalGaussian
-from jaxpg.envs import Box, Discrete, MultiDiscrete
+from jaxpg.distributions import Categorical, DiagonalGaussian, MultiCategorical
+from jaxpg.envs import (
+    Box,
+    Discrete,
+    Masked,
+    MaskedObs,
+    MultiBinary,
+    MultiDiscrete,
+)
 from jaxpg.heads import categorical_head, gaussian_head, head_for
-from jaxpg.networks import ACTIVATIONS, mlp
-from jaxpg.policies import from_apply, from_linen, from_nnx, log_prob_fn, mlp_policy
+from jaxpg.networks import ACTIVATIONS, gru_network, mlp, mlp_network
+from jaxpg.policies import (
+    cnn_policy,
+    from_apply,
+    from_linen,
+    from_network,
+    from_nnx,
+    log_prob_fn,
+    mlp_policy,
+    recurrent_policy,
+)
 from jaxpg.types import Trajectory
 
 T = 5
@@ -57,13 +73,20 @@ class Door(NamedTuple):
     obs: object
     kind: type
     action_shape: tuple = ()
+    is_recurrent: bool = False
 
 
 def floats(*shape):
     return lambda key: jax.random.normal(key, shape)
 
 
+def masked(draw, *allowed):
+    """Observations of which some actions are allowed, the second one among them."""
+    return lambda key: MaskedObs(draw(key), jnp.array(allowed, bool))
+
+
 THREE = categorical_head(Discrete(3))
+SMALL = {"hidden": (4,), "memory": 3}
 DOORS = {
     "mlp": Door(
         lambda: mlp_policy(Box(-1, 1, (2,)), Discrete(3), hidden=(4,)),
@@ -113,6 +136,47 @@ DOORS = {
     ),
     "from-linen": Door(lambda: from_linen(LinenNet(), THREE), floats(2), Categorical),
     "from-nnx": Door(lambda: from_nnx(NnxNet, THREE), floats(2), Categorical),
+    "cnn": Door(
+        lambda: cnn_policy(
+            Box(0, 1, (4, 4, 2)), Discrete(3), channels=(2,), hidden=(4,)
+        ),
+        floats(4, 4, 2),
+        Categorical,
+    ),
+    "masked": Door(
+        lambda: mlp_policy(Masked(Box(-1, 1, (2,)), 3), Discrete(3), hidden=(4,)),
+        masked(floats(2), 1, 1, 0),
+        Categorical,
+    ),
+    "masked-multi": Door(
+        lambda: mlp_policy(
+            Masked(MultiDiscrete((2, 3)), 5), MultiDiscrete((2, 3)), hidden=(4,)
+        ),
+        masked(lambda key: jax.random.randint(key, (2,), 0, 2), 1, 1, 0, 1, 1),
+        MultiCategorical,
+        (2,),
+    ),
+    "recurrent": Door(
+        lambda: recurrent_policy(Box(-1, 1, (2,)), Discrete(3), **SMALL),
+        floats(2),
+        Categorical,
+        is_recurrent=True,
+    ),
+    "recurrent-gaussian": Door(
+        lambda: recurrent_policy(Box(-1, 1, (2,)), Box(-1, 1, (3,)), **SMALL),
+        floats(2),
+        DiagonalGaussian,
+        (3,),
+        is_recurrent=True,
+    ),
+    "recurrent-masked-image": Door(
+        lambda: recurrent_policy(
+            Masked(Box(0, 1, (3, 3, 1)), 3), Discrete(3), channels=(2,), **SMALL
+        ),
+        masked(floats(3, 3, 1), 0, 1, 1),
+        Categorical,
+        is_recurrent=True,
+    ),
 }
 
 
@@ -130,10 +194,17 @@ def case(request):
     return door, policy, params, obs
 
 
-def row(obs, action):
+def row(obs, action, time=None, carry=None):
     zeros, no = jnp.zeros((T,)), jnp.zeros((T,), bool)
-    time = jnp.arange(T)
-    return Trajectory(obs, action, zeros, zeros, no, no, ~no, time, time)
+    time = jnp.arange(T) if time is None else jnp.array(time)
+    return Trajectory(obs, action, zeros, zeros, no, no, ~no, time, time, carry=carry)
+
+
+def some_action(door):
+    """The second of each number, or the number 1: allowed wherever masks are drawn."""
+    is_discrete = door.kind in (Categorical, MultiCategorical)
+    action = jnp.ones((T, *door.action_shape))
+    return action.astype(int) if is_discrete else action
 
 
 def decide(policy, params, obs, key):
@@ -151,23 +222,77 @@ def test_one_decision(case):
     assert log_prob.shape == () and np.isfinite(log_prob)
 
 
+def player(policy, params):
+    """Rows of actions and log-probabilities from `step` alone, compiled once."""
+
+    @quick
+    def act(carry, obs, key):
+        distribution, carry = policy.step(params, carry, obs)
+        action = distribution.sample(key)
+        return carry, action, distribution.log_prob(action)
+
+    def play(obs, time, carry):
+        actions, log_probs = [], []
+        for t, key in enumerate(jax.random.split(jax.random.key(2), T)):
+            carry = policy.initial_carry() if time[t] == 0 else carry
+            here = jax.tree.map(lambda x, t=t: x[t], obs)
+            carry, action, log_prob = act(carry, here, key)
+            actions += [action]
+            log_probs += [log_prob]
+        return jnp.stack(actions), jnp.stack(log_probs)
+
+    return play
+
+
+HISTORIES = [[0, 1, 2, 3, 4], [0, 1, 0, 0, 1], [7, 8, 0, 1, 2]]
+"""Decisions since the start: one episode, several, and a row that begins in one."""
+
+
 def test_step_and_unroll_agree_decision_by_decision(case):
-    _, policy, params, obs = case
-    keys = jax.random.split(jax.random.key(2), T)
-    action, log_prob, _ = quick(
-        jax.vmap(lambda obs, key: decide(policy, params, obs, key))
-    )(obs, keys)
-    unrolled = quick(log_prob_fn(policy))(params, row(obs, action))
-    assert unrolled.shape == (T,)
-    np.testing.assert_allclose(unrolled, log_prob, rtol=1e-5, atol=1e-6)
-    assert np.unique(log_prob).size > 1, "decisions must differ for this to say much"
+    door, policy, params, obs = case
+    play, log_probs = player(policy, params), quick(log_prob_fn(policy))
+    start = policy.initial_carry()
+    memories = [(None, start)]
+    if door.is_recurrent:
+        memories += [(start + 0.6, start + 0.6)]
+    for time in HISTORIES:
+        for kept, memory in memories:
+            action, by_step = play(obs, time, memory)
+            unrolled = log_probs(params, row(obs, action, time, kept))
+            assert unrolled.shape == (T,)
+            np.testing.assert_allclose(unrolled, by_step, rtol=1e-5, atol=1e-6)
+            assert np.unique(by_step).size > 1, "or this would not say much"
 
 
-def test_memoryless_policies_say_so(case):
-    _, policy, params, obs = case
+def test_batches_of_rows_are_unrolled_as_rows(case):
+    door, policy, params, obs = case
+    carry = jax.tree.map(lambda x: x + 0.6, policy.initial_carry())
+    rows = [
+        row(obs, some_action(door), [3, 4, 0, 1, 0], carry),
+        row(
+            jax.tree.map(lambda x: x[::-1], obs),
+            some_action(door),
+            [0, 1, 2, 0, 1],
+            policy.initial_carry(),
+        ),
+    ]
+    batch = jax.tree.map(lambda *x: jnp.stack(x), *rows)
+    log_probs = log_prob_fn(policy)
+    together = quick(jax.vmap(log_probs, (None, 0)))(params, batch)
+    alone = [quick(log_probs)(params, one) for one in rows]
+    np.testing.assert_allclose(together, jnp.stack(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_policies_say_whether_they_remember(case):
+    door, policy, params, obs = case
     first = jax.tree.map(lambda x: x[0], obs)
-    assert policy.initial_carry() is None and not policy.is_recurrent
-    assert policy.step(params, None, first)[1] is None
+    carry = policy.initial_carry()
+    after = quick(lambda params: policy.step(params, carry, first)[1])(params)
+    assert policy.is_recurrent == door.is_recurrent
+    assert (carry is None) == (after is None) == (not door.is_recurrent)
+    if door.is_recurrent:
+        assert after.shape == carry.shape == (3,)
+        assert after.dtype == carry.dtype and np.abs(after).max() > 0
 
 
 def test_params_are_plain_nested_dicts_of_arrays(case):
@@ -197,9 +322,8 @@ def test_params_depend_on_the_key_and_on_nothing_else(case):
 
 def test_every_parameter_has_a_gradient(case):
     door, policy, params, obs = case
-    action = jnp.ones((T, *door.action_shape))
-    action = action.astype(int) if door.kind is Categorical else action
-    objective = lambda p: jnp.sum(log_prob_fn(policy)(p, row(obs, action)))  # noqa: E731
+    kept = row(obs, some_action(door))
+    objective = lambda p: jnp.sum(log_prob_fn(policy)(p, kept))  # noqa: E731
     gradient = quick(jax.grad(objective))(params)
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradient))
 
@@ -235,10 +359,15 @@ def test_step_compiles_once(case):
 def test_it_learns_nothing_from_rows_that_are_not_there(case):
     """An empty slot's observation is zeros: its log-probability must be finite."""
     door, policy, params, obs = case
-    zeros = jax.tree.map(jnp.zeros_like, obs)
-    action = jnp.zeros((T, *door.action_shape))
-    action = action.astype(int) if door.kind is Categorical else action
-    assert np.isfinite(quick(log_prob_fn(policy))(params, row(zeros, action))).all()
+    empty = jax.tree.map(jnp.zeros_like, row(obs, some_action(door)))
+
+    def total(params):
+        log_probs = log_prob_fn(policy)(params, empty)
+        return jnp.sum(log_probs), log_probs
+
+    slope, log_probs = quick(jax.grad(total, has_aux=True))(params)
+    assert np.isfinite(log_probs).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
 
 
 # Known values.
@@ -297,6 +426,112 @@ def test_double_precision_reaches_every_parameter(float64):
     assert distribution.mean.dtype == jnp.float64
 
 
+@pytest.mark.parametrize("name", ["recurrent", "recurrent-gaussian", "cnn", "masked"])
+def test_step_and_unroll_agree_in_double_precision(name, float64):
+    door = DOORS[name]
+    policy = door.make()
+    obs = jax.vmap(door.obs)(jax.random.split(jax.random.key(0), T))
+    params = quick(policy.init)(jax.random.key(1), jax.tree.map(lambda x: x[0], obs))
+    params = jax.tree.map(lambda x: x + 0.3, params)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float64")}
+    time, carry = [4, 5, 0, 1, 0], policy.initial_carry()
+    carry = jax.tree.map(lambda x: x + 0.6, carry)
+    action, log_prob = player(policy, params)(obs, time, carry)
+    unrolled = quick(log_prob_fn(policy))(params, row(obs, action, time, carry))
+    assert unrolled.dtype == jnp.float64
+    np.testing.assert_allclose(unrolled, log_prob, rtol=1e-12)
+
+
+def test_a_memory_tells_apart_what_an_observation_cannot():
+    """Two histories with one last observation: only the memory knows the first."""
+    policy = recurrent_policy(Box(-1, 1, (1,)), Discrete(2), hidden=(), memory=4)
+    params = quick(policy.init)(jax.random.key(0), jnp.zeros(1))
+    obs = jnp.array([[1.0], [0.0], [0.0], [-1.0], [0.0]])
+    action = jnp.zeros((T,), int)
+    log_probs = quick(log_prob_fn(policy))
+    two = log_probs(params, row(obs, action, [0, 1, 2, 0, 1]))
+    joined = log_probs(params, row(obs, action, [0, 1, 2, 3, 4]))
+    assert np.abs(two[1] - two[4]) > 1e-5
+    np.testing.assert_allclose(two[:3], joined[:3], rtol=1e-6)
+    assert np.abs(two[3:] - joined[3:]).min() > 1e-6
+
+
+def test_noise_is_not_held_unless_it_is_asked_for():
+    network = mlp_network(BOX, 3, hidden=())
+    assert from_network(network, THREE).noise_hold == 1
+    assert from_network(network, THREE, noise_hold=8).noise_hold == 8
+    assert mlp_policy(BOX, INTEGERS).noise_hold == 1
+
+
+# Masks.
+
+
+def masked_logits(space, mask):
+    """The distribution that a head makes of the logits 0, 1, 2, ... under a mask."""
+    head = head_for(space)
+    policy = from_apply(
+        lambda key, obs: jnp.arange(float(head.num_outputs)),
+        lambda logits, obs: logits,
+        head,
+    )
+    obs = MaskedObs(jnp.zeros(()), jnp.array(mask, bool))
+    params = policy.init(jax.random.key(0), obs)
+
+    def distribution(logits):
+        return policy.step({**params, "network": logits}, None, obs)[0]
+
+    return distribution, params["network"]
+
+
+def test_what_is_not_allowed_has_no_probability():
+    distribution, logits = masked_logits(Discrete(4), [1, 0, 1, 0])
+    got = jax.vmap(distribution(logits).log_prob)(jnp.arange(4))
+    # 1 / (1 + e^2) and e^2 / (1 + e^2) of the logits 0 and 2.
+    z = np.log1p(np.exp(2.0))
+    np.testing.assert_allclose(got, [-z, -np.inf, 2.0 - z, -np.inf], rtol=1e-6)
+    keys = jax.random.split(jax.random.key(0), 200)
+    draws = jax.vmap(distribution(logits).sample)(keys)
+    assert set(np.unique(draws)) == {0, 2}
+
+
+MASKS = {
+    "discrete": (Discrete(4), [1, 0, 1, 0], jnp.array(2)),
+    "discrete-single": (Discrete(3), [0, 1, 0], jnp.array(1)),
+    "multi": (MultiDiscrete((2, 3)), [1, 0, 0, 1, 1], jnp.array([0, 2])),
+    "bits": (MultiBinary(3), [1, 0, 1], jnp.array([1, 0, 0])),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_gradients_stay_finite_under_masks(name):
+    space, mask, action = MASKS[name]
+    distribution, logits = masked_logits(space, mask)
+    other = logits * 0.5 - 0.2
+    measures = [
+        lambda x: distribution(x).log_prob(action),
+        lambda x: distribution(x).entropy(),
+        lambda x: distribution(x).kl(distribution(other)),
+        lambda x: distribution(other).kl(distribution(x)),
+    ]
+    forbidden = ~np.array(mask, bool)
+    is_certain = name == "discrete-single"
+    for measure in measures:
+        value, slope = jax.value_and_grad(measure)(logits)
+        assert np.isfinite(value) and np.isfinite(slope).all()
+        np.testing.assert_array_equal(slope[forbidden], 0.0)
+        assert is_certain or np.abs(slope).max() > 1e-3
+
+
+def test_masks_of_rows_differ_between_decisions():
+    policy = mlp_policy(Masked(Box(-1, 1, (1,)), 2), Discrete(2), hidden=())
+    masks = jnp.array([[1, 1], [1, 0], [0, 1], [1, 0], [1, 1]], bool)
+    obs = MaskedObs(jnp.zeros((T, 1)), masks)
+    params = quick(policy.init)(jax.random.key(0), jax.tree.map(lambda x: x[0], obs))
+    got = log_prob_fn(policy)(params, row(obs, jnp.zeros((T,), int)))
+    half = -np.log(2.0)  # biases begin at zero
+    np.testing.assert_allclose(got, [half, 0.0, -np.inf, 0.0, half], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_the_ones_they_are_named_after(name):
     policy = mlp_policy(Box(-1, 1, (2,)), Discrete(2), hidden=(3,), activation=name)
@@ -330,7 +565,7 @@ BOX, INTEGERS = Box(-1, 1, (2,)), Discrete(3)
         (lambda: gaussian_head(Box(-1, 1, (2, 2))), r"needs a Box with shape \(D,\)"),
         (lambda: categorical_head(BOX), r"^space is Box.*needs a Discrete; .*gaussian"),
         (
-            lambda: head_for(MultiDiscrete((2, 2))),
+            lambda: head_for(Masked(Discrete(2), 2)),
             r"no usual head fits it; build a Head",
         ),
         (
@@ -362,6 +597,34 @@ BOX, INTEGERS = Box(-1, 1, (2,)), Discrete(3)
                 jax.random.key(0), jnp.zeros(2)
             ),
             r"outputs of shape \(3,\), but the head .* needs \(2,\)",
+        ),
+        (
+            lambda: from_network(gru_network(BOX, 4), THREE).init(
+                jax.random.key(0), jnp.zeros(2)
+            ),
+            r"outputs of shape \(4,\), but the head .* needs \(3,\)",
+        ),
+        (
+            lambda: from_network(mlp_network(BOX, 3), THREE, noise_hold=0),
+            "noise_hold is 0, needs a whole number of at least 1",
+        ),
+        (
+            lambda: mlp_policy(Masked(BOX, 2), BOX),
+            "mask 2 actions, but the action space is Box.*give the policy obs.features",
+        ),
+        (
+            lambda: recurrent_policy(Masked(BOX, 2), INTEGERS),
+            r"action_mask has length 2, but the head for Discrete.* needs 3",
+        ),
+        (
+            lambda: from_apply(
+                lambda key, obs: {}, lambda params, obs: jnp.zeros(3), THREE
+            ).init(jax.random.key(0), MaskedObs(jnp.zeros(2), jnp.ones(4, bool))),
+            r"action_mask has length 4, but the head for Discrete.* needs 3",
+        ),
+        (
+            lambda: cnn_policy(BOX, INTEGERS),
+            r"^observation_space is Box.*needs a Box with shape \(height",
         ),
     ],
 )

@@ -1,11 +1,14 @@
-"""An algorithm as a pair of pure functions, in the manner of an Optax optimiser.
+"""An algorithm as a record of pure functions, in the manner of an Optax optimiser.
 
-    init(key, obs) -> AlgorithmState
-    update(key, state, trajectories) -> (AlgorithmState, info)
+    init(key, obs) -> state
+    update(key, state, trajectories) -> (state, info)
 
 What the next update needs is state; what a person wants to see is info; they never
-mix. Estimators give ascent directions of J; the one minus sign of the library stands
-here, where Optax, which descends, takes them over.
+mix. A state is a NamedTuple with a field `params`, the policy's parameters. What the
+world and the run are like comes in a `Task`, the settings in a frozen dataclass.
+
+Estimators give ascent directions of J; the one minus sign of the library stands here,
+where Optax, which descends, takes them over.
 """
 
 from collections.abc import Callable
@@ -16,16 +19,34 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxpg._checks import check_positive, check_range
+from jaxpg.envs.base import Environment, Space
+from jaxpg.gradients import MapRows, SumOverRows, map_plainly, sum_over_chunks
+from jaxpg.networks import Network
+from jaxpg.policies import Policy
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
-__all__ = ["Algorithm", "AlgorithmState", "Info", "ascend", "count_non_finite"]
+__all__ = [
+    "Algorithm",
+    "AlgorithmState",
+    "Episodes",
+    "Info",
+    "Segments",
+    "Task",
+    "ascend",
+    "check_anneal",
+    "check_steps",
+    "make_optimizer",
+    "make_task",
+    "needed_max_steps",
+]
 
 Info = dict[str, Array]
 """Scalars for people, by name."""
 
 
 class AlgorithmState(NamedTuple):
-    """Everything that the next update needs.
+    """Everything that the next update of an algorithm without a critic needs.
 
     Attributes:
         params: the policy's parameters.
@@ -38,16 +59,97 @@ class AlgorithmState(NamedTuple):
     baseline_state: PyTree
 
 
+class Episodes(NamedTuple):
+    """An algorithm that wants whole episodes, from `rollout_episodes`.
+
+    Attributes:
+        per_env: episodes for each environment and update.
+    """
+
+    per_env: int
+
+
+class Segments(NamedTuple):
+    """An algorithm that wants continuing segments, from `rollout_segments`.
+
+    Attributes:
+        num_steps: decisions of each environment for an update.
+    """
+
+    num_steps: int
+
+
+class Task(NamedTuple):
+    """What an algorithm must know of the policy, the world and the run.
+
+    Attributes:
+        policy: the policy that is trained.
+        observation_space: what it sees.
+        max_steps: the most decisions that an episode can take; None without a bound.
+        critic: the network of a value function; None for algorithms without one.
+        num_updates: length of the run, where a learning rate is to be annealed.
+        tells_truncation: whether the world tells time limits from true ends.
+        sum_over_rows: how sums over rows are taken; `jaxpg.train.sharding` has one for
+            several devices.
+        map_rows: how work on each row for itself is done; likewise.
+    """
+
+    policy: Policy
+    observation_space: Space
+    max_steps: int | None
+    critic: Network | None = None
+    num_updates: int | None = None
+    tells_truncation: bool = True
+    sum_over_rows: SumOverRows = sum_over_chunks
+    map_rows: MapRows = map_plainly
+
+
 class Algorithm(NamedTuple):
     """A learning algorithm as a record of pure functions.
 
     Attributes:
         init: the first state, from one observation.
         update: one update from one batch of trajectories.
+        collects: whether it wants whole episodes or segments, and how many.
+        actor: the policy that must collect them: the one that learns, that one with a
+            critic's memory beside its own, or another's.
+        actor_params: `actor_params(state)`: the parameters to collect with.
+        min_trajectories: the fewest trajectories that an update makes sense for.
     """
 
-    init: Callable[[PRNGKey, PyTree], AlgorithmState]
+    init: Callable[[PRNGKey, PyTree], Any]
     update: Callable[[PRNGKey, Any, Trajectory], tuple[Any, Info]]
+    collects: Episodes | Segments
+    actor: Policy
+    actor_params: Callable[[Any], Params]
+    min_trajectories: int = 1
+
+
+def make_task(env: Environment, policy: Policy, **changes: Any) -> Task:
+    """The task of training `policy` in `env`.
+
+    Args:
+        env: gives the spaces and the bounds.
+        policy: the policy that is trained.
+        **changes: other fields of `Task`, such as `critic` or `num_updates`.
+
+    Returns:
+        The task, on one device unless `changes` say otherwise.
+
+    >>> from jaxpg.envs.probes import constant_reward
+    >>> from jaxpg.policies import mlp_policy
+    >>> env = constant_reward()
+    >>> policy = mlp_policy(env.observation_space, env.action_space, hidden=(4,))
+    >>> make_task(env, policy, num_updates=10).max_steps
+    1
+    """
+    task = Task(
+        policy,
+        env.observation_space,
+        env.max_steps,
+        tells_truncation=env.tells_truncation,
+    )
+    return task._replace(**changes)
 
 
 def ascend(
@@ -55,6 +157,7 @@ def ascend(
     gradient: Params,
     opt_state: PyTree,
     params: Params,
+    **extra: Any,
 ) -> tuple[Params, PyTree]:
     """One Optax step UP the gradient of J.
 
@@ -63,6 +166,7 @@ def ascend(
         gradient: an ascent direction, a tree like `params`.
         opt_state: the optimiser's state.
         params: where the gradient was taken.
+        **extra: what transformations with extra arguments need.
 
     Returns:
         The next parameters and the next optimiser state.
@@ -72,17 +176,86 @@ def ascend(
     2.0
     """
     descent = jax.tree.map(jnp.negative, gradient)
+    optimizer = optax.with_extra_args_support(optimizer)
     # Optax mixes types: strict promotion, where a caller has set it, is not for it.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = optimizer.update(descent, opt_state, params)
+        updates, opt_state = optimizer.update(descent, opt_state, params, **extra)
     return optax.apply_updates(params, updates), opt_state
 
 
-def count_non_finite(tree: PyTree) -> Array:
-    """How many entries of a tree are NaN or infinite.
+def needed_max_steps(task: Task) -> int:
+    """The bound of the task's episodes.
 
-    >>> count_non_finite({"a": jnp.array([1.0, jnp.nan]), "b": jnp.array(jnp.inf)})
-    Array(2, dtype=int32)
+    Raises:
+        ValueError: if there is none.
     """
-    counts = [jnp.sum(~jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
-    return jnp.sum(jnp.stack(counts)).astype(jnp.int32)
+    if task.max_steps is None:
+        raise ValueError(
+            "the environment has no time limit, so whole episodes may never end; give "
+            "--max-steps, or wrap it in with_time_limit"
+        )
+    return task.max_steps
+
+
+def check_anneal(config: Any, task: Task) -> None:
+    """Refuse to anneal over a run of unknown length.
+
+    Raises:
+        ValueError: if `config.anneal` is set and the task has no number of updates.
+    """
+    if config.anneal and task.num_updates is None:
+        raise ValueError(
+            "anneal is set, but num_updates is None; needs the length of the run"
+        )
+
+
+def check_steps(config: Any) -> None:
+    """Check the settings that every algorithm has under the same name, where it has.
+
+    Raises:
+        ValueError: naming the setting that is out of its range.
+    """
+    for name in ("learning_rate", "critic_learning_rate", "max_grad_norm"):
+        if getattr(config, name, None) is not None:
+            check_range(name, getattr(config, name), 0.0, open_low=True)
+    for name in ("num_steps", "episodes_per_env", "num_epochs", "chunk_size"):
+        if getattr(config, name, None) is not None:
+            check_positive(name, getattr(config, name))
+    for name in ("discount", "lambda_"):
+        if getattr(config, name, None) is not None:
+            check_range(name, getattr(config, name), 0.0, 1.0)
+
+
+def make_optimizer(
+    learning_rate: float | Array,
+    *,
+    max_grad_norm: float | None = None,
+    anneal_over: int | None = None,
+    adjust: optax.GradientTransformationExtraArgs | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam after clipping of the global norm.
+
+    Args:
+        learning_rate: step size.
+        max_grad_norm: the gradient is scaled down to this global norm; None leaves it.
+        anneal_over: steps over which the rate falls linearly to zero; None keeps it.
+        adjust: a further factor on the step, such as `scale_by_kl`.
+
+    Returns:
+        An Optax transformation with extra arguments.
+    """
+    parts: list[Any] = []
+    if max_grad_norm is not None:
+        parts.append(optax.clip_by_global_norm(max_grad_norm))
+    parts.append(optax.scale_by_adam())
+    if adjust is not None:
+        parts.append(adjust)
+    if anneal_over is None:
+        parts.append(optax.scale_by_learning_rate(learning_rate))
+    else:
+        schedule = optax.linear_schedule(1.0, 0.0, anneal_over)
+        parts += [
+            optax.scale_by_schedule(schedule),
+            optax.scale_by_learning_rate(learning_rate),
+        ]
+    return optax.with_extra_args_support(optax.chain(*parts))

@@ -13,19 +13,22 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
-from jaxpg._checks import check_positive, check_range
 from jaxpg.algos.base import (
     Algorithm,
     AlgorithmState,
+    Episodes,
     Info,
+    Task,
     ascend,
-    count_non_finite,
+    check_anneal,
+    check_steps,
+    make_optimizer,
+    needed_max_steps,
 )
+from jaxpg.algos.measures import count_non_finite, count_non_finite_decisions
 from jaxpg.baselines import Baseline
 from jaxpg.credit import CreditConfig, CreditName, credit_of
-from jaxpg.envs.base import Space
 from jaxpg.episodes import split_episodes
 from jaxpg.estimators import (
     BaselineName,
@@ -35,7 +38,6 @@ from jaxpg.estimators import (
     make_estimator,
 )
 from jaxpg.gradients import Chunks, SumOverRows, sum_over_chunks
-from jaxpg.policies import Policy
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = [
@@ -79,13 +81,8 @@ class ReinforceConfig:
     """Decisions that the gradient works on together; sets memory, not the result."""
 
     def __post_init__(self) -> None:
-        check_positive("episodes_per_env", self.episodes_per_env)
+        check_steps(self)
         _ = self.estimator  # which checks the settings that it takes
-        check_range("learning_rate", self.learning_rate, 0.0, open_low=True)
-        if self.max_grad_norm is not None:
-            check_range("max_grad_norm", self.max_grad_norm, 0.0, open_low=True)
-        if self.chunk_size is not None:
-            check_positive("chunk_size", self.chunk_size)
 
     @property
     def estimator(self) -> EstimatorConfig:
@@ -148,46 +145,42 @@ def reinforce_gradient(
 
 
 def reinforce(
-    config: ReinforceConfig,
-    policy: Policy,
-    max_steps: int,
-    *,
-    observation_space: Space | None = None,
-    baseline: Baseline | None = None,
-    num_updates: int | None = None,
-    sum_over_rows: SumOverRows = sum_over_chunks,
+    config: ReinforceConfig, task: Task, *, baseline: Baseline | None = None
 ) -> Algorithm:
-    """REINFORCE as an (init, update) pair.
+    """REINFORCE as a record of pure functions.
 
     Args:
         config: its settings.
-        policy: the policy that is trained.
-        max_steps: the most decisions that an episode can take.
-        observation_space: what baselines that see observations need.
+        task: the policy and the world, whose episodes must be bounded.
         baseline: any baseline of your own instead of the one that `config` names.
-        num_updates: length of the run, needed to anneal the learning rate.
-        sum_over_rows: how the gradient's sum over rows is taken.
 
     Returns:
         An algorithm whose `update` takes rows of whole episodes from
         `rollout_episodes`.
 
     Raises:
-        ValueError: if the learning rate is to be annealed over a run of unknown length.
+        ValueError: if episodes have no bound, or the learning rate is to be annealed
+            over a run of unknown length.
     """
+    max_steps = needed_max_steps(task)
     estimator = make_estimator(
         config.estimator,
-        policy,
+        task.policy,
         max_steps,
-        observation_space=observation_space,
+        observation_space=task.observation_space,
         baseline=baseline,
-        sum_over_rows=sum_over_rows,
+        sum_over_rows=task.sum_over_rows,
     )
-    optimizer = _optimizer(config, num_updates)
+    optimizer = make_optimizer(
+        config.learning_rate,
+        max_grad_norm=config.max_grad_norm,
+        anneal_over=task.num_updates if config.anneal else None,
+    )
+    check_anneal(config, task)
 
     def init(key: PRNGKey, obs: PyTree) -> AlgorithmState:
         key_policy, key_baseline = jax.random.split(key)
-        params = policy.init(key_policy, obs)
+        params = task.policy.init(key_policy, obs)
         return AlgorithmState(
             params, optimizer.init(params), estimator.baseline.init(key_baseline, obs)
         )
@@ -203,7 +196,7 @@ def reinforce(
             trajectories,
             max_steps,
             chunk_size=config.chunk_size,
-            sum_over_rows=sum_over_rows,
+            sum_over_rows=task.sum_over_rows,
         )
         params, opt_state = ascend(optimizer, gradient, state.opt_state, state.params)
         baseline_state, baseline_info = estimator.baseline.fit(
@@ -214,33 +207,18 @@ def reinforce(
         info = {
             "grad_norm": optax.tree.norm(gradient),
             "entropy": -jnp.mean(trajectories.log_prob, where=trajectories.mask),
-            "non_finite_batch": _count_non_finite_decisions(trajectories),
+            "non_finite_batch": count_non_finite_decisions(trajectories),
             "non_finite_gradient": count_non_finite(gradient),
             "non_finite_params": count_non_finite(params),
             **baseline_info,
         }
         return AlgorithmState(params, opt_state, baseline_state), info
 
-    return Algorithm(init, update)
-
-
-def _count_non_finite_decisions(trajectories: Trajectory) -> Array:
-    """A weight of 0 hides a log-probability that is NaN from the gradient, not here."""
-    seen = (trajectories.reward, trajectories.log_prob)
-    return count_non_finite([jnp.where(trajectories.mask, x, 0.0) for x in seen])
-
-
-def _optimizer(
-    config: ReinforceConfig, num_updates: int | None
-) -> optax.GradientTransformation:
-    rate: optax.ScalarOrSchedule = config.learning_rate
-    if config.anneal:
-        if num_updates is None:
-            raise ValueError(
-                "anneal is set, but num_updates is None; needs the length of the run"
-            )
-        rate = optax.linear_schedule(config.learning_rate, 0.0, num_updates)
-    adam = optax.adam(rate)
-    if config.max_grad_norm is None:
-        return adam
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adam)
+    return Algorithm(
+        init,
+        update,
+        Episodes(config.episodes_per_env),
+        task.policy,
+        lambda state: state.params,
+        estimator.min_trajectories,
+    )

@@ -14,6 +14,12 @@ from jaxpg.envs.base import (
 from jaxpg.envs.from_gymnax import from_gymnax
 from jaxpg.envs.probes import PROBES
 from jaxpg.envs.registry import load_problem, make, names, register
+from jaxpg.envs.wrappers import (
+    add_observation_noise,
+    hide_components,
+    map_observations,
+    stack_frames,
+)
 
 __all__ = [
     "PROBES",
@@ -25,10 +31,14 @@ __all__ = [
     "MultiBinary",
     "MultiDiscrete",
     "Space",
+    "add_observation_noise",
     "from_gymnax",
+    "hide_components",
     "load_problem",
     "make",
+    "map_observations",
     "names",
     "register",
+    "stack_frames",
     "with_time_limit",
 ]

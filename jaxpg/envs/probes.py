@@ -12,8 +12,18 @@ this order; d is the discount and V the value of the best policy:
     endless_reward             1 / (1 - d)        no bootstrap at a truncation
     remember_first             d^(num_steps - 1)  memory, its reset and its unroll
     matching_number            0                  the continuous policy
+    two_numbers                1                  logits of MultiDiscrete cut wrongly
+    bits                       1                  bits mixed up, or not independent
+    masked_actions             1 + d + d^2        masks unused, or of another step
+    push_away                  d^15               noise that does not last over steps
 
-Observations have shape (1,) and, save in `matching_number`, there are two actions.
+The last two tell more. In `masked_actions` a policy that keeps to the mask earns at
+least 0 a decision and 0.5 if it draws evenly, so that a mean near 0.5 means features
+unseen and a negative one means a mask not obeyed. In `push_away` a Gaussian policy with
+fresh noise at each decision finds the reward in about 0.2% of its first episodes, with
+noise held over a whole episode in 74%: what fails there is exploration, not learning.
+
+Observations have shape (1,) and there are two actions in the first seven worlds.
 
 Reference: A. Jones, 2021, Debugging RL, without the agonizing pain.
 """
@@ -23,22 +33,37 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxpg._checks import check_positive
-from jaxpg.envs.base import Box, Discrete, Environment, Space, with_time_limit
+from jaxpg.envs.base import (
+    Box,
+    Discrete,
+    Environment,
+    Masked,
+    MaskedObs,
+    MultiBinary,
+    MultiDiscrete,
+    Space,
+    with_time_limit,
+)
 from jaxpg.types import PRNGKey, StepOutput
 
 __all__ = [
     "PROBES",
     "action_dependent_reward",
+    "bits",
     "constant_reward",
     "delayed_reward",
     "endless_reward",
+    "masked_actions",
     "matching_number",
     "obs_and_action_reward",
     "obs_dependent_reward",
+    "push_away",
     "remember_first",
+    "two_numbers",
 ]
 
 Obs = Float[Array, "1"]
@@ -198,24 +223,155 @@ def remember_first(num_steps: int = 4) -> Environment:
     )
 
 
+def two_numbers() -> Environment:
+    """One decision, obs (i, j) with i < 2 and j < 3; reward = fraction copied right.
+
+    The sizes differ, so logits that are cut in the wrong place cannot learn it.
+    """
+    return _copying("Probe-TwoNumbers-v0", MultiDiscrete((2, 3)), np.array([1.0, 2.0]))
+
+
+def bits() -> Environment:
+    """One decision, obs three bits; reward = fraction of them copied right."""
+    return _copying("Probe-Bits-v0", MultiBinary(3), 1.0)
+
+
+class MaskedState(NamedTuple):
+    """What is seen now, and the decisions taken so far."""
+
+    obs: MaskedObs
+    time: Int[Array, ""]
+
+
+def masked_actions(num_steps: int = 3) -> Environment:
+    """Two of four actions are allowed, the others at the next decision, and so on.
+
+    The feature is -1 or 1, drawn at each decision: -1 asks for the lower of the allowed
+    actions, 1 for the higher. The one asked for earns 1, the other nothing, and a
+    forbidden one costs 10. Whoever acts by the mask of the decision before or after
+    pays every time.
+
+    Args:
+        num_steps: decisions in an episode, at least 1.
+
+    Returns:
+        An environment that terminates after `num_steps` decisions.
+
+    Raises:
+        ValueError: if `num_steps` is not a positive whole number.
+
+    >>> masked_actions().reset(jax.random.key(0))[1].action_mask.sum().item()
+    2
+    """
+    check_positive("num_steps", num_steps)
+
+    def reset(key: PRNGKey) -> tuple[MaskedState, MaskedObs]:
+        key_sign, key_mask = jax.random.split(key)
+        mask = jax.random.permutation(key_mask, jnp.arange(4) < 2)
+        obs = MaskedObs(_sign(key_sign), mask)
+        return MaskedState(obs, jnp.zeros((), jnp.int32)), obs
+
+    def step(
+        key: PRNGKey, state: MaskedState, action: Int[Array, ""]
+    ) -> tuple[MaskedState, StepOutput]:
+        obs = MaskedObs(_sign(key), ~state.obs.action_mask)
+        output = StepOutput(
+            obs=obs,
+            reward=_masked_reward(state.obs, action),
+            terminated=state.time + 1 >= num_steps,
+            truncated=jnp.zeros((), bool),
+        )
+        return MaskedState(obs, state.time + 1), output
+
+    return Environment(
+        "Probe-MaskedActions-v0",
+        reset,
+        step,
+        Masked(_signs(), 4),
+        Discrete(4),
+        max_steps=num_steps,
+    )
+
+
+def push_away(max_steps: int = 48) -> Environment:
+    """A point at 0 on a line; reward 1, and the end, once it is pushed to -1 or 1:
+
+        position += clip(action, -1, 1) / 16
+
+    Sixteen full pushes to one side do it. Fresh N(0, 1) actions cancel out: their sum
+    spreads by 0.31 in 48 decisions, so the goal is more than three deviations away. One
+    such action held reaches it where |action| > 1/3.
+
+    Args:
+        max_steps: decisions after which `truncated` is raised, at least 1.
+
+    Returns:
+        An environment that shows the position.
+
+    Raises:
+        ValueError: if `max_steps` is not a positive whole number.
+
+    >>> push_away(20).max_steps
+    20
+    """
+
+    def reset(key: PRNGKey) -> tuple[Obs, Obs]:
+        return jnp.zeros((1,)), jnp.zeros((1,))
+
+    def step(
+        key: PRNGKey, state: Obs, action: Float[Array, "1"]
+    ) -> tuple[Obs, StepOutput]:
+        push = jnp.clip(action, -1.0, 1.0) / 16  # exact, so that 16 reach 1.0
+        position = jnp.clip(state + push, -1.0, 1.0)
+        there = jnp.abs(position[0]) >= 1.0
+        reward = there.astype(jnp.result_type(float))
+        return position, StepOutput(position, reward, there, jnp.zeros((), bool))
+
+    env = Environment("Probe-PushAway-v0", reset, step, _signs(), _signs())
+    return with_time_limit(env, max_steps)
+
+
 def _one_decision(
     name: str,
-    draw_obs: Callable[[PRNGKey], Obs],
-    reward: Callable[[Obs, Array], Reward],
+    draw_obs: Callable[[PRNGKey], Float[Array, "D"]],
+    reward: Callable[[Float[Array, "D"], Array], Reward],
     action_space: Space | None = None,
+    observation_space: Space | None = None,
 ) -> Environment:
     """A world that ends after one decision; its state is the observation."""
 
-    def reset(key: PRNGKey) -> tuple[Obs, Obs]:
+    def reset(key: PRNGKey) -> tuple[Array, Array]:
         obs = draw_obs(key)
         return obs, obs
 
-    def step(key: PRNGKey, state: Obs, action: Array) -> tuple[Obs, StepOutput]:
+    def step(key: PRNGKey, state: Array, action: Array) -> tuple[Array, StepOutput]:
         ends, no = jnp.ones((), bool), jnp.zeros((), bool)
         return state, StepOutput(state, reward(state, action), ends, no)
 
+    observations = _signs() if observation_space is None else observation_space
     actions = Discrete(2) if action_space is None else action_space
-    return Environment(name, reset, step, _signs(), actions, max_steps=1)
+    return Environment(name, reset, step, observations, actions, max_steps=1)
+
+
+def _copying(name: str, actions: MultiDiscrete | MultiBinary, high: Any) -> Environment:
+    """One decision: the action must repeat the observation, number by number."""
+
+    def draw_obs(key: PRNGKey) -> Float[Array, "D"]:
+        return actions.sample(key).astype(float)
+
+    def reward(obs: Float[Array, "D"], action: Array) -> Reward:
+        return jnp.mean(action == obs.astype(action.dtype), dtype=obs.dtype)
+
+    space = Box(0.0, high, actions.shape, jnp.result_type(float))
+    return _one_decision(name, draw_obs, reward, actions, space)
+
+
+def _masked_reward(obs: MaskedObs, action: Int[Array, ""]) -> Reward:
+    lowest = jnp.argmax(obs.action_mask)
+    highest = 3 - jnp.argmax(obs.action_mask[::-1])
+    asked_for = jnp.where(obs.features[0] > 0, highest, lowest).astype(action.dtype)
+    earned = jnp.where(action == asked_for, 1.0, 0.0)
+    return jnp.where(obs.action_mask[action], earned, -10.0)
 
 
 def _signs() -> Box:
@@ -243,5 +399,9 @@ PROBES: dict[str, Callable[..., Any]] = {
     "Probe-EndlessReward-v0": endless_reward,
     "Probe-RememberFirst-v0": remember_first,
     "Probe-MatchingNumber-v0": matching_number,
+    "Probe-TwoNumbers-v0": two_numbers,
+    "Probe-Bits-v0": bits,
+    "Probe-MaskedActions-v0": masked_actions,
+    "Probe-PushAway-v0": push_away,
 }
 """The probe worlds by id, in reading order."""

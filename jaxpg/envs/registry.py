@@ -5,8 +5,9 @@
     make("FrozenLake-misc", map_name="8x8")             # an argument of its class
     make("Probe-RememberFirst-v0", num_steps=6)         # an argument of our factory
     make("CartPole-v1", max_steps=200)                  # truncated earlier
+    make("CartPoleNoVelocity-v1", gravity=5.0)          # gymnax's, partially observed
 
-Own names are looked up first; gymnax is imported only for names that are not ours.
+Own names are looked up first; gymnax is imported only for names that need it.
 """
 
 import dataclasses
@@ -19,12 +20,33 @@ from jaxpg._checks import nearest
 from jaxpg.envs.base import Environment, with_time_limit
 from jaxpg.envs.from_gymnax import default_promotion, from_gymnax, import_gymnax
 from jaxpg.envs.probes import PROBES
+from jaxpg.envs.wrappers import hide_components
 
 __all__ = ["load_problem", "make", "names", "register"]
 
 Factory = Callable[..., Environment]
 
-_factories: dict[str, Factory] = dict(PROBES)
+
+def _no_velocity(name: str, source: str, hidden: tuple[int, ...]) -> Factory:
+    """A factory for gymnax's world `source` without the components that are speeds."""
+
+    def factory(**parameters: Any) -> Environment:
+        env = _make_gymnax(source, parameters)
+        return hide_components(env, hidden)._replace(name=name)
+
+    return factory
+
+
+_PARTIALLY_OBSERVED: dict[str, Factory] = {
+    name: _no_velocity(name, source, hidden)
+    for name, source, hidden in (
+        ("CartPoleNoVelocity-v1", "CartPole-v1", (1, 3)),
+        ("PendulumNoVelocity-v1", "Pendulum-v1", (2,)),
+    )
+}
+"""Worlds that need memory, by name: what moves is seen, how fast it moves is not."""
+
+_factories: dict[str, Factory] = {**PROBES, **_PARTIALLY_OBSERVED}
 
 _MNIST = "MNISTBandit-bsuite"
 
@@ -56,7 +78,8 @@ def make(name: str, *, max_steps: int | None = None, **kwargs: Any) -> Environme
         valid = _arguments(factory)
         if "max_steps" in valid and max_steps is not None:
             kwargs["max_steps"] = max_steps
-        _check_keywords(name, kwargs, valid)
+        if not _takes_any(factory):
+            _check_keywords(name, kwargs, valid)
         env = factory(**kwargs)
     return env if max_steps is None else with_time_limit(env, max_steps)
 
@@ -139,6 +162,12 @@ def _load(name: str, arguments: dict[str, Any]) -> tuple[Any, Any]:
 
 def _arguments(function: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(function).parameters)
+
+
+def _takes_any(function: Callable[..., Any]) -> bool:
+    """Whether `function` has a `**kwargs`, and so checks keywords by itself."""
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 def _check_keywords(name: str, kwargs: Iterable[str], valid: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ Every started episode is counted, whatever its length: the number of episodes is
 before the first step, so short ones cannot crowd out long ones.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -189,7 +190,14 @@ def evaluate_in_gymnasium(
         seeds = [seed * 100_003 + start + i for i in range(num_envs)]
         carry = _initial_carries(policy, num_envs)
         rounds.append(
-            _one_round(envs, seeds, lambda *x: act(params, *x), carry, key_round)
+            _one_round(
+                envs,
+                seeds,
+                lambda *x: act(params, *x),
+                carry,
+                key_round,
+                actor.noise_hold,
+            )
         )
     for env in envs:
         env.close()
@@ -200,14 +208,16 @@ def evaluate_in_gymnasium(
 
 
 def _one_round(
-    envs: list, seeds: list[int], act: Any, carry: Any, key: PRNGKey
+    envs: list, seeds: list[int], act: Any, carry: Any, key: PRNGKey, noise_hold: int
 ) -> EpisodeResults:
     """One whole episode in each environment; all are counted, however long."""
     observations = [env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)]
     returns, lengths = np.zeros(len(envs)), np.zeros(len(envs), np.int64)
     running = np.ones(len(envs), bool)
-    while running.any():
-        key, key_act = jax.random.split(key)
+    for time in itertools.count():
+        if not running.any():
+            return EpisodeResults(returns, lengths)
+        key_act = jax.random.fold_in(key, time // noise_hold)
         actions, carry = act(carry, np.stack(observations), key_act)
         actions = np.asarray(actions)
         for i in np.flatnonzero(running):
@@ -217,7 +227,7 @@ def _one_round(
             returns[i] += float(reward)
             lengths[i] += 1
             running[i] = not (terminated or truncated)
-    return EpisodeResults(returns, lengths)
+    raise AssertionError("counting never ends")
 
 
 def _native_action(space: Any, action: Any) -> Any:

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from jaxpg.envs.base import Environment
+from jaxpg.networks import Network
 from jaxpg.policies import Policy
 from jaxpg.train.config import TrainConfig
 from jaxpg.train.evaluate import make_evaluator, summarize
@@ -75,6 +76,7 @@ def train(
     *,
     env: Environment | None = None,
     policy: Policy | None = None,
+    critic: Network | None = None,
     show: bool = True,
 ) -> RunResult:
     """Train a new run to its end.
@@ -83,6 +85,7 @@ def train(
         config: its settings; None for the defaults.
         env: an environment of your own in place of `config.env`.
         policy: a policy of your own in place of the default.
+        critic: a critic of your own in place of the default.
         show: whether to print progress.
 
     Returns:
@@ -92,7 +95,7 @@ def train(
         ValueError: if the settings do not fit together or the folder exists.
         NonFiniteError: if parameters or gradients become NaN or infinite.
     """
-    run = create_run(config or TrainConfig(), env, policy)
+    run = create_run(config or TrainConfig(), env, policy, critic)
     _say(show, f"run folder: {run.folder}")
     return _finish(run, *_loop(run, initial_state(run), 0, show), show)
 
@@ -104,6 +107,7 @@ def resume(
     from_update: int | None = None,
     env: Environment | None = None,
     policy: Policy | None = None,
+    critic: Network | None = None,
     show: bool = True,
 ) -> RunResult:
     """Continue a run from its last checkpoint, to the same bits as without a break.
@@ -114,6 +118,7 @@ def resume(
         from_update: go on from this checkpoint and drop later ones; None for the last.
         env: as for `train`, if the run was made with one.
         policy: as for `train`, if the run was made with one.
+        critic: as for `train`, if the run was made with one.
         show: whether to print progress.
 
     Returns:
@@ -123,7 +128,7 @@ def resume(
         ValueError: if the folder holds no run or a checkpoint is damaged.
         NonFiniteError: if parameters or gradients become NaN or infinite.
     """
-    run = open_run(folder, env, policy, num_updates=num_updates)
+    run = open_run(folder, env, policy, critic, num_updates=num_updates)
     for difference in differences(run.provenance, describe()):
         warnings.warn(
             f"this run may not continue to the same bits: {difference}", stacklevel=2
@@ -197,14 +202,14 @@ def _finish(run: Run, update: int, stopped_by: int | None, show: bool) -> RunRes
 def _evaluate_all_seeds(run: Run) -> list[dict[str, float]]:
     """The last policy of each seed on fresh episodes, actions drawn as in training."""
     _, trees = load_params(run)
+    members = run.config.members()
     keys = [
-        jax.random.fold_in(jax.random.key(run.config.seed + s), 0x5EED)
-        for s in range(len(trees))
+        jax.random.fold_in(jax.random.key(member["seed"]), 0x5EED) for member in members
     ]
     play = make_evaluator(run.env, run.policy, run.config.eval_episodes)
     return [
-        {"seed": run.config.seed + s} | summarize(play(params, key))
-        for s, (params, key) in enumerate(zip(trees, keys, strict=True))
+        member | summarize(play(params, key))
+        for member, params, key in zip(members, trees, keys, strict=True)
     ]
 
 
@@ -219,8 +224,8 @@ def _checkpoint(run: Run, state: TrainState, update: int) -> None:
     if update in run.checkpoints.steps():
         return
     rows = [row for row in read_rows(run.folder) if row["update"] == update]
-    returns = [float(row["mean_return"] or 0.0) for row in rows]
-    run.checkpoints.save(update, state, float(np.mean(returns)) if rows else None)
+    known = [float(r["mean_return"]) for r in rows if r["mean_return"] is not None]
+    run.checkpoints.save(update, state, float(np.mean(known)) if known else None)
 
 
 def _glance(
@@ -236,9 +241,16 @@ def _glance(
         num_updates=config.num_updates,
         env_steps=int(env_steps.sum()),
         steps_per_second=float(columns["num_steps"].sum()) / seconds,
-        mean_return=float(columns["mean_return"][-1].mean()),
+        mean_return=_last_known(columns["mean_return"]),
         seconds_left=(config.num_updates - update) * seconds / count,
     )
+
+
+def _last_known(returns: np.ndarray) -> float:
+    """The mean over members of the last update in which episodes ended; or NaN."""
+    means = returns.mean(axis=1)
+    known = means[np.isfinite(means)]
+    return float(known[-1]) if len(known) else float("nan")
 
 
 def _next_pace(count: int, seconds: float) -> int:

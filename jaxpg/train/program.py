@@ -1,8 +1,9 @@
 """The training program: what runs on the devices between two visits of the host.
 
-    init(keys) -> TrainState            advance(state, n) -> (TrainState, metrics)
+    init(seeds) -> TrainState            advance(state, n) -> (TrainState, metrics)
 
-One update samples N whole episodes and hands them to the algorithm. Seeds are a
+One update collects what the algorithm wants, whole episodes or segments, and hands it
+over. Members of a population (seeds, and values of settings that are swept) are a
 leading axis of everything. The number of updates per visit is an argument and not a
 shape, so the host may choose it freely: nothing compiles again, and no bit changes.
 """
@@ -14,31 +15,49 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxpg.algos.base import Algorithm, AlgorithmState, Info
-from jaxpg.algos.reinforce import reinforce
+from jaxpg.algos.base import Algorithm, Episodes, Info, Task, make_task
+from jaxpg.algos.registry import RECIPES
 from jaxpg.envs.base import Environment
-from jaxpg.estimators import make_estimator
+from jaxpg.networks import Network
+from jaxpg.normalizers import observe_in
 from jaxpg.policies import Policy
-from jaxpg.rollout import rollout_episodes
-from jaxpg.train.config import TrainConfig
+from jaxpg.returns import suffix_recurrence
+from jaxpg.rollout import (
+    RolloutState,
+    rollout_episodes,
+    rollout_segments,
+    start_segments,
+)
+from jaxpg.train.config import TrainConfig, with_values_unchecked
 from jaxpg.train.sharding import Placement
-from jaxpg.types import PRNGKey, Trajectory
+from jaxpg.types import PRNGKey, PyTree, Trajectory
 
-__all__ = ["MAX_UPDATES_PER_CALL", "Program", "TrainState", "build_program"]
+__all__ = [
+    "MAX_UPDATES_PER_CALL",
+    "Program",
+    "TrainState",
+    "build_program",
+    "state_shardings",
+]
 
 MAX_UPDATES_PER_CALL = 64
 
+EPISODES = 0x5E6
+"""What the key of all episodes in segments is derived with, away from updates."""
+
 
 class TrainState(NamedTuple):
-    """Everything that a bit-exact resume needs; every leaf has the seeds in front.
+    """Everything that a bit-exact resume needs; every leaf has the members in front.
 
     Attributes:
-        algorithm: parameters, optimiser and baseline.
+        algorithm: parameters, optimiser, critic or baseline.
+        rollout: the running segments; () where whole episodes are collected.
         key: the run's key; every update derives its own from it.
         update: how many updates have been made.
     """
 
-    algorithm: AlgorithmState
+    algorithm: Any
+    rollout: RolloutState | tuple[()]
     key: Array
     update: Array
 
@@ -47,7 +66,7 @@ class Program(NamedTuple):
     """A run's compiled functions.
 
     Attributes:
-        init: `init(seeds [S]) -> TrainState`.
+        init: `init(seeds [S]) -> TrainState`, for S members.
         advance: `advance(state, n) -> (state, metrics)` makes n updates, at most
             `MAX_UPDATES_PER_CALL`; it consumes the state. Metrics are [n_max, S], of
             which the first n count.
@@ -58,14 +77,19 @@ class Program(NamedTuple):
 
 
 def build_program(
-    config: TrainConfig, env: Environment, policy: Policy, placement: Placement
+    config: TrainConfig,
+    env: Environment,
+    policy: Policy,
+    critic: Network | None,
+    placement: Placement,
 ) -> Program:
     """Put environment, policy and algorithm together.
 
     Args:
         config: the run's settings.
-        env: must bound its episodes.
+        env: the world; it must bound its episodes where they are collected whole.
         policy: the policy that is trained.
+        critic: the network of a value function, for algorithms that need one.
         placement: how rows are spread over devices.
 
     Returns:
@@ -74,89 +98,183 @@ def build_program(
     Raises:
         ValueError: if the settings do not fit together.
     """
-    num_episodes = config.num_envs * config.algorithm.episodes_per_env
-    algorithm = _build_algorithm(config, env, policy, placement, num_episodes)
+    task = make_task(
+        env,
+        policy,
+        critic=critic,
+        num_updates=config.num_updates,
+        sum_over_rows=placement.sum_over_rows,
+        map_rows=placement.map_rows,
+    )
+    _check_enough(config, _algorithm(config, task, {}))
+    swept = {name: jnp.asarray(x) for name, x in config.swept_values().items()}
 
-    def init(seed: Array) -> TrainState:
-        key, key_obs, key_algorithm = jax.random.split(jax.random.key(seed), 3)
-        _, obs = env.reset(key_obs)
-        state = algorithm.init(key_algorithm, obs)
-        return TrainState(state, key, jnp.zeros((), jnp.int32))
+    def of_member(index: Array) -> Collector:
+        chosen = {name: values[index] for name, values in swept.items()}
+        return Collector(config, env, _algorithm(config, task, chosen), placement)
 
-    def update(state: TrainState) -> tuple[TrainState, Info]:
-        key_rollout, key_update = jax.random.split(
-            jax.random.fold_in(state.key, state.update)
-        )
-        trajectories = sample(state.algorithm.params, key_rollout)
-        new, info = algorithm.update(key_update, state.algorithm, trajectories)
-        info = {**_statistics(trajectories), **info}
-        return TrainState(new, state.key, state.update + 1), info
+    def init(argument: tuple[Array, Array]) -> TrainState:
+        seed, index = argument
+        return of_member(index).init(seed)
 
-    def sample(params: Any, key: PRNGKey) -> Trajectory:
-        def on_one_device(shared: Any, ids: Array) -> Trajectory:
-            slots = config.num_envs // placement.num_devices
-            params, key = shared
-            return rollout_episodes(env, policy, params, key, ids, num_slots=slots)
+    def update(argument: tuple[TrainState, Array]) -> tuple[TrainState, Info]:
+        state, index = argument
+        return of_member(index).update(state)
 
-        ids = jnp.arange(num_episodes, dtype=jnp.int32)
-        return placement.map_rows(on_one_device, (params, key), ids)
-
-    over_seeds = _over_seeds(update, config.num_seeds)
+    indices = jnp.arange(config.num_members, dtype=jnp.int32)
+    over_members = _over_members(update, config.num_members, config.members_at_once)
 
     def advance(state: TrainState, count: Array) -> tuple[TrainState, Info]:
         def body(i: Array, carry: Any) -> Any:
             state, metrics = carry
-            state, info = over_seeds(state)
+            state, info = over_members((state, indices))
             return state, jax.tree.map(lambda x, y: x.at[i].set(y), metrics, info)
 
-        shapes = jax.eval_shape(over_seeds, state)[1]
+        shapes = jax.eval_shape(over_members, (state, indices))[1]
         metrics = jax.tree.map(
             lambda x: jnp.zeros((MAX_UPDATES_PER_CALL, *x.shape), x.dtype), shapes
         )
         return jax.lax.fori_loop(0, count, body, (state, metrics))
 
+    init_all = _over_members(init, config.num_members, config.members_at_once)
+
+    def init_members(seeds: Array) -> TrainState:
+        return init_all((seeds, indices))
+
+    shapes = jax.eval_shape(init_members, jnp.zeros(config.num_members, jnp.int32))
     everywhere = placement.replicated
     return Program(
-        jax.jit(_over_seeds(init, config.num_seeds)),
-        jax.jit(advance, donate_argnums=0, out_shardings=everywhere),
+        jax.jit(init_members, out_shardings=state_shardings(shapes, placement)),
+        jax.jit(
+            advance,
+            donate_argnums=0,
+            out_shardings=(state_shardings(shapes, placement), everywhere),
+        ),
     )
 
 
-def _build_algorithm(
-    config: TrainConfig,
-    env: Environment,
-    policy: Policy,
-    placement: Placement,
-    num_episodes: int,
-) -> Algorithm:
-    if env.max_steps is None:
-        raise ValueError(
-            f"environment {env.name} has no time limit, so whole episodes may never "
-            "end; give --max-steps"
+def state_shardings(state: TrainState, placement: Placement) -> PyTree:
+    """Where a state lives: running segments on their devices, all else everywhere."""
+    shared = jax.tree.map(lambda _: placement.replicated, state)
+    return shared._replace(
+        rollout=jax.tree.map(lambda _: placement.spread, state.rollout)
+    )
+
+
+class Collector(NamedTuple):
+    """One member's updates: collect, learn, take in what was seen.
+
+    Attributes:
+        config: the run's settings.
+        env: the world.
+        algorithm: what learns.
+        placement: how rows are spread over devices.
+    """
+
+    config: TrainConfig
+    env: Environment
+    algorithm: Algorithm
+    placement: Placement
+
+    def init(self, seed: Array) -> TrainState:
+        """The state before the first update."""
+        key, key_obs, key_algorithm = jax.random.split(jax.random.key(seed), 3)
+        _, obs = self.env.reset(key_obs)
+        state = self.algorithm.init(key_algorithm, obs)
+        return TrainState(state, self._start(key), key, jnp.zeros((), jnp.int32))
+
+    def update(self, state: TrainState) -> tuple[TrainState, Info]:
+        """One update and what to tell of it."""
+        key_rollout, key_update = jax.random.split(
+            jax.random.fold_in(state.key, state.update)
         )
-    estimator = make_estimator(
-        config.algorithm.estimator,
-        policy,
-        env.max_steps,
-        observation_space=env.observation_space,
+        params = self.algorithm.actor_params(state.algorithm)
+        if isinstance(self.algorithm.collects, Episodes):
+            trajectories = self._episodes(params, key_rollout)
+            statistics, rollout = _of_episodes(trajectories), state.rollout
+        else:
+            key = jax.random.fold_in(state.key, EPISODES)
+            trajectories, rollout = self._segments(params, key, state.rollout)
+            statistics = _of_segments(trajectories, state.rollout)
+        new, info = self.algorithm.update(key_update, state.algorithm, trajectories)
+        new = observe_batch(new, trajectories)
+        after = TrainState(new, rollout, state.key, state.update + 1)
+        return after, {**statistics, **info}
+
+    def _start(self, key: PRNGKey) -> RolloutState | tuple[()]:
+        if isinstance(self.algorithm.collects, Episodes):
+            return ()
+        total = self.config.num_envs
+
+        def on_one_device(key: PRNGKey, ids: Array) -> RolloutState:
+            return start_segments(self.env, self.algorithm.actor, key, total, ids)
+
+        ids = jnp.arange(total, dtype=jnp.int32)
+        key = jax.random.fold_in(key, EPISODES)
+        return self.placement.map_rows(on_one_device, key, ids)
+
+    def _episodes(self, params: Any, key: PRNGKey) -> Trajectory:
+        slots = self.config.num_envs // self.placement.num_devices
+
+        def on_one_device(shared: Any, ids: Array) -> Trajectory:
+            return rollout_episodes(
+                self.env, self.algorithm.actor, *shared, ids, num_slots=slots
+            )
+
+        ids = jnp.arange(_num_episodes(self.config, self.algorithm), dtype=jnp.int32)
+        return self.placement.map_rows(on_one_device, (params, key), ids)
+
+    def _segments(
+        self, params: Any, key: PRNGKey, rollout: Any
+    ) -> tuple[Trajectory, RolloutState]:
+        num_steps = self.algorithm.collects.num_steps
+
+        def on_one_device(shared: Any, rollout: RolloutState) -> Any:
+            return rollout_segments(
+                self.env, self.algorithm.actor, *shared, rollout, num_steps
+            )
+
+        return self.placement.map_rows(on_one_device, (params, key), rollout)
+
+
+def observe_batch(state: Any, trajectories: Trajectory) -> Any:
+    """Let running statistics of observations, where there are any, take in a batch.
+
+    They are part of the parameters of policy and critic, and are frozen while a batch
+    is collected and learned from, so that both see the same numbers.
+    """
+    seen = trajectories.obs, trajectories.mask
+    state = state._replace(params=observe_in(state.params, *seen))
+    critic = getattr(state, "critic", None)
+    if critic is None:
+        return state
+    return state._replace(
+        critic=critic._replace(params=observe_in(critic.params, *seen))
     )
-    if num_episodes < estimator.min_trajectories:
+
+
+def _algorithm(config: TrainConfig, task: Task, chosen: dict[str, Array]) -> Algorithm:
+    recipe = RECIPES[config.algorithm_name]
+    return recipe.make(with_values_unchecked(config.algorithm, chosen), task)
+
+
+def _num_episodes(config: TrainConfig, algorithm: Algorithm) -> int:
+    return config.num_envs * algorithm.collects.per_env  # type: ignore[union-attr]
+
+
+def _check_enough(config: TrainConfig, algorithm: Algorithm) -> None:
+    if not isinstance(algorithm.collects, Episodes):
+        return
+    num_episodes = _num_episodes(config, algorithm)
+    if num_episodes < algorithm.min_trajectories:
         raise ValueError(
             f"num_envs * episodes_per_env is {num_episodes}, but baseline "
             f"{config.algorithm.baseline!r} needs at least "
-            f"{estimator.min_trajectories} episodes; take more, or baseline 'none'"
+            f"{algorithm.min_trajectories} episodes; take more, or baseline 'none'"
         )
-    return reinforce(
-        config.algorithm,
-        policy,
-        env.max_steps,
-        observation_space=env.observation_space,
-        num_updates=config.num_updates,
-        sum_over_rows=placement.sum_over_rows,
-    )
 
 
-def _statistics(trajectories: Trajectory) -> Info:
+def _of_episodes(trajectories: Trajectory) -> Info:
     num_steps = trajectories.num_decisions
     num_episodes = jnp.sum(trajectories.starts)
     rewards = jnp.where(trajectories.mask, trajectories.reward, 0.0)
@@ -169,10 +287,43 @@ def _statistics(trajectories: Trajectory) -> Info:
     }
 
 
-def _over_seeds(fn: Callable, num_seeds: int) -> Callable:
-    """`fn` over a leading axis of seeds; one seed runs without the axis, as fast."""
-    if num_seeds > 1:
+def _of_segments(trajectories: Trajectory, before: Any) -> Info:
+    """Of the episodes that ended in the segments; NaN where none did."""
+
+    def so_far(rewards: Array, ends: Array, brought: Array) -> Array:
+        """The running episode's return after each decision."""
+        # Backwards in time reversed is forwards: a decision adds to what came before.
+        after_end = jnp.concatenate([jnp.zeros((1,), bool), ends[:-1]])
+        decays = jnp.where(after_end, 0.0, 1.0)
+        return suffix_recurrence(rewards[::-1], decays[::-1], brought)[::-1]
+
+    ends = trajectories.ends
+    returns = jax.vmap(so_far)(trajectories.reward, ends, before.episode_return)
+    num_episodes = jnp.sum(ends)
+    lengths = (trajectories.time + 1).astype(returns.dtype)
+    count = num_episodes.astype(returns.dtype)
+    nothing = jnp.asarray(jnp.nan, returns.dtype)
+
+    def mean(x: Array) -> Array:
+        total = jnp.sum(jnp.where(ends, x, 0.0))
+        return jnp.where(num_episodes > 0, total / jnp.maximum(count, 1.0), nothing)
+
+    return {
+        "mean_return": mean(returns),
+        "mean_length": mean(lengths),
+        "num_episodes": num_episodes,
+        "num_steps": trajectories.num_decisions,
+    }
+
+
+def _over_members(
+    fn: Callable[[Any], Any], num_members: int, at_once: int | None
+) -> Callable[[Any], Any]:
+    """`fn` over a leading axis of members; one runs without the axis, as fast."""
+    if num_members > 1 and (at_once is None or at_once >= num_members):
         return jax.vmap(fn)
+    if num_members > 1:
+        return lambda argument: jax.lax.map(fn, argument, batch_size=at_once)
 
     def single(argument: Any) -> Any:
         result = fn(jax.tree.map(lambda x: x[0], argument))

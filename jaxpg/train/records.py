@@ -18,29 +18,26 @@ Columns = dict[str, np.ndarray]
 def to_rows(
     run: Run, columns: Columns, update: int, env_steps: np.ndarray, seconds: float
 ) -> list[Row]:
-    """One row per update and seed; adds the steps taken to `env_steps`.
+    """One row per update and member; adds the steps taken to `env_steps`.
 
     Args:
         run: whose rows they are.
         columns: the visit's metrics.
         update: updates made before the visit.
-        env_steps: steps of each seed before the visit, [S]; changed in place.
+        env_steps: steps of each member before the visit, [S]; changed in place.
         seconds: how long the visit's updates took.
 
     Returns:
-        Rows in order of update, then of seed.
+        Rows in order of update, then of member.
     """
     count = len(columns["num_steps"])
     rate = float(columns["num_steps"].sum()) / seconds
     rows: list[Row] = []
     for i in range(count):
         env_steps += columns["num_steps"][i]
-        for s in range(run.config.num_seeds):
-            row: Row = {
-                "update": update + i + 1,
-                "seed": run.config.seed + s,
-                "env_steps": int(env_steps[s]),
-            }
+        for s, member in enumerate(run.config.members()):
+            row: Row = {"update": update + i + 1, **member}
+            row["env_steps"] = int(env_steps[s])
             row |= {name: values[i, s].item() for name, values in columns.items()}
             row |= {"seconds": seconds / count, "steps_per_second": rate}
             rows.append(row)
@@ -48,11 +45,10 @@ def to_rows(
 
 
 def env_steps_so_far(run: Run) -> np.ndarray:
-    """Steps of each seed up to the last row of the log, [S]."""
-    env_steps = np.zeros(run.config.num_seeds, np.int64)
-    for row in read_rows(run.folder)[-run.config.num_seeds :]:
-        seed = cast(int, row["seed"]) - run.config.seed
-        env_steps[seed] = cast(int, row["env_steps"])
+    """Steps of each member up to the last row of the log, [S]."""
+    env_steps = np.zeros(run.config.num_members, np.int64)
+    for index, row in enumerate(read_rows(run.folder)[-run.config.num_members :]):
+        env_steps[index] = cast(int, row["env_steps"])
     return env_steps
 
 
@@ -79,6 +75,7 @@ def find_non_finite(run: Run, columns: Columns, update: int) -> str | None:
         for n, x in flags.items()
         if x[index, seed]
     )
+    member = run.config.members()[seed]
     last = run.checkpoints.latest_step()
     good = (
         "no checkpoint was made before"
@@ -86,7 +83,11 @@ def find_non_finite(run: Run, columns: Columns, update: int) -> str | None:
         else f"the last good checkpoint is that of update {last} in {run.folder}"
     )
     return (
-        f"NaN or infinity at update {update + index + 1}, seed "
-        f"{run.config.seed + seed}: {what}; {good}. Try a smaller learning rate, "
-        "or max_grad_norm"
+        f"NaN or infinity at update {update + index + 1}, {_spoken(member)}: {what}; "
+        f"{good}. Try a smaller learning rate, or max_grad_norm"
     )
+
+
+def _spoken(member: dict[str, float]) -> str:
+    """A member's seed and what it has of a sweep, such as "seed 3, learning_rate 0.1"."""
+    return ", ".join(f"{name} {value:g}" for name, value in member.items())

@@ -20,10 +20,17 @@ import jax.numpy as jnp
 
 from jaxpg import envs
 from jaxpg.envs.base import Environment, with_time_limit
-from jaxpg.policies import Policy, mlp_policy
+from jaxpg.networks import Network
+from jaxpg.policies import Policy
 from jaxpg.train.checkpoint import CheckpointStore
 from jaxpg.train.config import TrainConfig, config_from_json, config_to_json
-from jaxpg.train.program import Program, TrainState, build_program
+from jaxpg.train.models import build_critic, build_policy
+from jaxpg.train.program import (
+    Program,
+    TrainState,
+    build_program,
+    state_shardings,
+)
 from jaxpg.train.provenance import describe, read_json, write_json_atomically
 from jaxpg.train.sharding import Placement, largest_device_count, place
 from jaxpg.types import Params
@@ -67,7 +74,10 @@ class Run(NamedTuple):
 
 
 def create_run(
-    config: TrainConfig, env: Environment | None = None, policy: Policy | None = None
+    config: TrainConfig,
+    env: Environment | None = None,
+    policy: Policy | None = None,
+    critic: Network | None = None,
 ) -> Run:
     """Make the folder of a new run.
 
@@ -75,6 +85,7 @@ def create_run(
         config: its settings.
         env: overrides `config.env`.
         policy: overrides the default policy.
+        critic: overrides the default critic.
 
     Returns:
         The run, before its first update.
@@ -93,13 +104,14 @@ def create_run(
             f"it with --resume {folder}"
         )
     provenance = describe()
-    run = _assemble(folder, config, env, policy, provenance)
+    own = {"env": env, "policy": policy, "critic": critic}
+    run = _assemble(folder, config, env, policy, critic, provenance)
     folder.mkdir(parents=True)
     stored = {
         "schema": SCHEMA,
         "config": config_to_json(config),
         "provenance": provenance,
-        "own": [n for n, x in (("env", env), ("policy", policy)) if x is not None],
+        "own": [name for name, x in own.items() if x is not None],
     }
     write_json_atomically(folder / "config.json", stored)
     return run
@@ -109,6 +121,7 @@ def open_run(
     folder: Path | str,
     env: Environment | None = None,
     policy: Policy | None = None,
+    critic: Network | None = None,
     *,
     num_updates: int | None = None,
     one_device: bool = False,
@@ -119,6 +132,7 @@ def open_run(
         folder: as printed by training.
         env: the environment, where the run was made with one of your own.
         policy: the policy, where the run was made with one of your own.
+        critic: the critic, where the run was made with one of your own.
         num_updates: a new length for the run; None keeps it.
         one_device: use one device, whatever the run was trained on.
 
@@ -127,16 +141,16 @@ def open_run(
 
     Raises:
         ValueError: if the folder holds no run, or one of another schema or version, or
-            an environment or policy of your own is missing.
+            an environment, a policy or a critic of your own is missing.
     """
     folder = Path(folder)
     config, provenance = read_config(folder)
-    _check_own(folder, {"env": env, "policy": policy})
+    _check_own(folder, {"env": env, "policy": policy, "critic": critic})
     if num_updates is not None:
         config = _lengthen(config, num_updates)
     if one_device:
         config = dataclasses.replace(config, num_devices=1)
-    return _assemble(folder, config, env, policy, provenance)
+    return _assemble(folder, config, env, policy, critic, provenance)
 
 
 def read_config(folder: Path | str) -> tuple[TrainConfig, dict[str, Any]]:
@@ -181,14 +195,14 @@ def _check_own(folder: Path, given: dict[str, Any]) -> None:
 
 
 def load_params(run: Run, which: str = "latest") -> tuple[int, list[Params]]:
-    """The policy's parameters from a checkpoint, for each seed.
+    """The policy's parameters from a checkpoint, for each member.
 
     Args:
         run: an opened run.
         which: "latest", "best" or an update's number.
 
     Returns:
-        The update that the checkpoint was made after, and one tree for each seed.
+        The update that the checkpoint was made after, and one tree for each member.
 
     Raises:
         ValueError: if there is no such checkpoint.
@@ -196,26 +210,25 @@ def load_params(run: Run, which: str = "latest") -> tuple[int, list[Params]]:
     step = _find_step(run, which)
     state = restore_state(run, step)
     params = state.algorithm.params
-    num_seeds = run.config.num_seeds
-    return step, [jax.tree.map(lambda x, s=s: x[s], params) for s in range(num_seeds)]
+    members = range(run.config.num_members)
+    return step, [jax.tree.map(lambda x, m=m: x[m], params) for m in members]
 
 
 def initial_seeds(config: TrainConfig) -> jax.Array:
-    """The run's seeds, [S]."""
-    return config.seed + jnp.arange(config.num_seeds, dtype=jnp.int32)
+    """Every member's seed, [S]."""
+    return jnp.array([member["seed"] for member in config.members()], jnp.int32)
 
 
 def initial_state(run: Run) -> TrainState:
     """The state before the first update, placed on the run's devices."""
-    state = run.program.init(initial_seeds(run.config))
-    return jax.device_put(state, run.placement.replicated)
+    return run.program.init(initial_seeds(run.config))
 
 
 def restore_state(run: Run, step: int) -> TrainState:
     """The state after `step` updates, placed on the run's devices."""
     template = jax.eval_shape(run.program.init, initial_seeds(run.config))
     state = run.checkpoints.restore(template, step)
-    return jax.device_put(state, run.placement.replicated)
+    return jax.device_put(state, state_shardings(state, run.placement))
 
 
 def _assemble(
@@ -223,18 +236,14 @@ def _assemble(
     config: TrainConfig,
     env: Environment | None,
     policy: Policy | None,
+    critic: Network | None,
     provenance: dict[str, Any],
 ) -> Run:
     env = envs.make(config.env) if env is None else env
     if config.max_steps is not None:
         env = with_time_limit(env, config.max_steps)
-    if policy is None:
-        policy = mlp_policy(
-            env.observation_space,
-            env.action_space,
-            hidden=config.hidden,
-            activation=config.activation,
-        )
+    policy = build_policy(config, env) if policy is None else policy
+    critic = build_critic(config, env) if critic is None else critic
     placement = place(config.num_devices or 1, num_envs=config.num_envs)
     return Run(
         folder,
@@ -242,7 +251,7 @@ def _assemble(
         env,
         policy,
         placement,
-        build_program(config, env, policy, placement),
+        build_program(config, env, policy, critic, placement),
         CheckpointStore(folder / "checkpoints", config.keep_checkpoints),
         provenance,
     )
@@ -260,7 +269,7 @@ def _default_name(config: TrainConfig) -> str:
 
 
 def _lengthen(config: TrainConfig, num_updates: int) -> TrainConfig:
-    if config.algorithm.anneal and num_updates != config.num_updates:
+    if getattr(config.algorithm, "anneal", False) and num_updates != config.num_updates:
         raise ValueError(
             f"num_updates is {num_updates}, but the run anneals its learning rate over "
             f"{config.num_updates} updates; needs the same number, or a new run"

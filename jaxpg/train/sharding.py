@@ -18,18 +18,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from jaxpg._checks import check_divides, check_positive
-from jaxpg.gradients import ALL_AT_ONCE, Chunks, SumOverRows, sum_over_chunks
+from jaxpg.gradients import (
+    ALL_AT_ONCE,
+    Chunks,
+    MapRows,
+    SumOverRows,
+    map_plainly,
+    sum_over_chunks,
+)
 from jaxpg.types import PyTree
 
 __all__ = ["Placement", "largest_device_count", "place"]
 
 AXIS = "rows"
-
-MapRows = Callable[[Any, Int[Array, "N"]], PyTree]
-"""`fn(shared, ids) -> rows`: what each device does with its part of the ids."""
 
 
 class Placement(NamedTuple):
@@ -37,15 +41,17 @@ class Placement(NamedTuple):
 
     Attributes:
         num_devices: how many devices share the rows.
-        map_rows: runs `fn(shared, ids)` on each device's own part of the ids.
+        map_rows: runs `fn(shared, rows)` on each device's own rows.
         sum_over_rows: sums over all rows, in chunks on each device.
         replicated: the sharding of what every device holds a copy of.
+        spread: the sharding of [seeds, rows, ...], rows over the devices.
     """
 
     num_devices: int
-    map_rows: Callable[[MapRows, Any, Array], PyTree]
+    map_rows: MapRows
     sum_over_rows: SumOverRows
     replicated: Sharding
+    spread: Sharding
 
 
 def largest_device_count(available: int, *counts: int) -> int:
@@ -77,9 +83,7 @@ def place(num_devices: int = 1, **counts: int) -> Placement:
     check_positive("num_devices", num_devices)
     if num_devices == 1:
         here = SingleDeviceSharding(jax.devices()[0])
-        return Placement(
-            1, lambda fn, shared, ids: fn(shared, ids), sum_over_chunks, here
-        )
+        return Placement(1, map_plainly, sum_over_chunks, here, here)
     if num_devices > jax.device_count():
         raise ValueError(
             f"num_devices is {num_devices}, but JAX sees {jax.device_count()}; on CPU "
@@ -94,15 +98,18 @@ def place(num_devices: int = 1, **counts: int) -> Placement:
         _map_rows_on(mesh),
         _sum_over_rows_on(mesh),
         NamedSharding(mesh, P()),
+        NamedSharding(mesh, P(None, AXIS)),
     )
 
 
-def _map_rows_on(mesh: Mesh) -> Callable[[MapRows, Any, Array], PyTree]:
-    def map_rows(fn: MapRows, shared: Any, ids: Array) -> PyTree:
+def _map_rows_on(mesh: Mesh) -> MapRows:
+    def map_rows(
+        fn: Callable[[Any, PyTree], PyTree], shared: Any, rows: PyTree
+    ) -> PyTree:
         mapped = jax.shard_map(
             fn, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False
         )
-        return mapped(shared, ids)
+        return mapped(shared, rows)
 
     return map_rows
 

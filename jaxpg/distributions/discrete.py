@@ -1,67 +1,31 @@
-"""Action distributions: what a policy returns for one observation or for many.
+"""Distributions over finitely many actions: one integer, several, or bits.
 
-A distribution is a NamedTuple of arrays, so it passes through `jit`, `vmap` and `scan`.
-Leading axes `*B` are independent draws; the last axis is the event or its parameters:
+    Categorical        p(a) = exp(logits[a]) / Σ_i exp(logits[i])
+    MultiCategorical   p(a) = Π_k p_k(a[k])
+    Bernoulli          p(a) = Π_k sigmoid(±logits[k])
 
-    log_prob(a) = log p(a), whose gradient is the score; E[score] = 0
-    entropy     = -E[log p(a)],   kl(q) = E[log p(a) - log q(a)],   both over a ~ p
+A logit of -inf masks an action: it is never drawn, and it adds nothing to entropy, KL
+or any first or second derivative of them. At least one logit must be finite. `kl` is
+inf where `other` forbids what `self` may do.
 
-All in nats. Actions and parameters must agree in every leading axis: nothing
-broadcasts, because a silent [B, B] is worse than an error. A logit of -inf masks an
-action: it is never drawn, and it adds nothing to entropy, KL or any gradient. At least
-one logit must be finite. `kl` is inf where `other` forbids what `self` may do.
-
-References: Devroye (1986), Non-Uniform Random Variate Generation, III.2 (inversion);
-Haarnoja et al. (2018), Soft Actor-Critic, appendix C (the tanh correction).
+Reference: Devroye (1986), Non-Uniform Random Variate Generation, III.2 (inversion).
 """
 
 import functools
 import itertools
-import math
 import operator
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxpg._checks import check_same_shape
-from jaxpg.types import PRNGKey, PyTree
+from jaxpg.distributions.base import draw_dtype
+from jaxpg.types import PRNGKey
 
-__all__ = [
-    "Bernoulli",
-    "Categorical",
-    "DiagonalGaussian",
-    "Distribution",
-    "MultiCategorical",
-    "TanhGaussian",
-]
-
-
-@runtime_checkable
-class Distribution(Protocol):
-    """What every distribution over actions can do."""
-
-    def sample(self, key: PRNGKey) -> PyTree:
-        """Draw one action for each leading index; the key is consumed."""
-
-    def log_prob(self, action: Any) -> Float[Array, "*B"]:
-        """Log-probability or log-density of `action`, in nats."""
-
-    def entropy(self) -> Float[Array, "*B"]:
-        """-E[log p(action)], in nats."""
-
-    def kl(self, other: Any) -> Float[Array, "*B"]:
-        """KL(self || other), in nats; `other` is of the same class and shape."""
-
-    def mode(self) -> PyTree:
-        """The action for acting greedily."""
-
-    def to_env(self, action: Any) -> PyTree:
-        """What the environment receives for an action kept in a batch."""
+__all__ = ["Bernoulli", "Categorical", "MultiCategorical"]
 
 
 class Categorical(NamedTuple):
@@ -218,149 +182,6 @@ class Bernoulli(NamedTuple):
         return jnp.stack(both, axis=-1)
 
 
-class DiagonalGaussian(NamedTuple):
-    """D independent normals: a = mean + exp(log_std) * noise, noise ~ N(0, I).
-
-    Attributes:
-        mean: [..., D].
-        log_std: logarithm of the standard deviation, of the mean's shape.
-
-    >>> policy = DiagonalGaussian(jnp.zeros(2), jnp.zeros(2))
-    >>> round(float(policy.log_prob(jnp.zeros(2))), 4)  # -log(2 pi)
-    -1.8379
-    """
-
-    mean: Float[Array, "*B D"]
-    log_std: Float[Array, "*B D"]
-
-    def sample(self, key: PRNGKey) -> Float[Array, "*B D"]:
-        """Draw an action, differentiable in the parameters (reparametrised)."""
-        check_same_shape(mean=self.mean, log_std=self.log_std)
-        noise = jax.random.normal(key, self.mean.shape, _draw_dtype(self.mean.dtype))
-        return self.mean + jnp.exp(self.log_std) * noise.astype(self.mean.dtype)
-
-    def log_prob(self, action: Float[Array, "*B D"]) -> Float[Array, "*B"]:
-        """-Σ_d (z² / 2 + log_std + log(2π) / 2), z = (action - mean) / std; nats."""
-        check_same_shape(mean=self.mean, log_std=self.log_std, action=action)
-        z = (action - self.mean) * jnp.exp(-self.log_std)
-        return -jnp.sum(0.5 * z**2 + self.log_std + 0.5 * math.log(2 * math.pi), -1)
-
-    def entropy(self) -> Float[Array, "*B"]:
-        """Σ_d (log_std + log(2πe) / 2), in nats; may be negative."""
-        check_same_shape(mean=self.mean, log_std=self.log_std)
-        return jnp.sum(self.log_std + 0.5 * math.log(2 * math.pi * math.e), axis=-1)
-
-    def kl(self, other: "DiagonalGaussian") -> Float[Array, "*B"]:
-        """Σ_d (r² - 1 - log r² + z²) / 2, r = std ratio, z = mean gap / other's std."""
-        check_same_shape(
-            **{"mean": self.mean, "log_std": self.log_std},
-            **{"other.mean": other.mean, "other.log_std": other.log_std},
-        )
-        log_ratio = 2 * (self.log_std - other.log_std)
-        z = (self.mean - other.mean) * jnp.exp(-other.log_std)
-        # expm1, because near equality exp(x) - 1 loses every digit of x.
-        return 0.5 * jnp.sum(jnp.expm1(log_ratio) - log_ratio + z**2, axis=-1)
-
-    def mode(self) -> Float[Array, "*B D"]:
-        """The mean."""
-        return self.mean
-
-    def to_env(self, action: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """The action itself."""
-        return action
-
-
-class TanhGaussian(NamedTuple):
-    """A normal squashed into a box: a = low + (high - low) (tanh(pre) + 1) / 2.
-
-    Batches keep the PRE-TANH value `pre`, because tanh cannot be inverted where it
-    saturates: `sample`, `mode` and `log_prob` speak of it, and only `to_env` squashes.
-
-    Attributes:
-        mean: of `pre`, [..., D].
-        log_std: of `pre`, of the mean's shape.
-        low: finite lower bound: a number, one per distribution [...], or [..., D].
-        high: finite upper bound, above `low`; shapes as for `low`.
-
-    >>> policy = TanhGaussian(jnp.zeros(1), jnp.zeros(1), low=0.0, high=4.0)
-    >>> policy.to_env(policy.mode())
-    Array([2.], dtype=float32)
-    """
-
-    mean: Float[Array, "*B D"]
-    log_std: Float[Array, "*B D"]
-    low: ArrayLike = -1.0
-    high: ArrayLike = 1.0
-
-    def sample(self, key: PRNGKey) -> Float[Array, "*B D"]:
-        """Draw `pre`, differentiable in the parameters (reparametrised)."""
-        return self._base().sample(key)
-
-    def log_prob(self, action: Float[Array, "*B D"]) -> Float[Array, "*B"]:
-        """Log-density of the SQUASHED action at the pre-tanh `action`, in nats.
-
-        log N(pre) - Σ_d log |d squashed / d pre|; finite wherever `pre` is.
-        """
-        return self._base().log_prob(action) - self._log_det(action)
-
-    def entropy(self) -> Float[Array, "*B"]:
-        """Refused: the squashed normal has no closed entropy.
-
-        Raises:
-            ValueError: always; `sampled_entropy` is the cure.
-        """
-        raise ValueError(
-            "TanhGaussian has no closed entropy, needs a sample of it; call "
-            "sampled_entropy(key), or use DiagonalGaussian and clip in the environment"
-        )
-
-    def sampled_entropy(self, key: PRNGKey) -> Float[Array, "*B"]:
-        """The base's exact entropy plus log |d squashed / d pre| at one draw, in nats.
-
-        Bias: unbiased, and so is its gradient (the draw is reparametrised).
-        """
-        return self._base().entropy() + self._log_det(self.sample(key))
-
-    def kl(self, other: "TanhGaussian") -> Float[Array, "*B"]:
-        """KL of the two normals, in nats; both must have the same bounds.
-
-        Squashing is one bijection applied to both, its Jacobian cancels in p / q, and
-        so KL does not change.
-        """
-        return self._base().kl(other._base())
-
-    def mode(self) -> Float[Array, "*B D"]:
-        """The mean of `pre`; `to_env` makes it the median, not the density's mode."""
-        return self.mean
-
-    def to_env(self, action: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Squash a pre-tanh action into [low, high]."""
-        check_same_shape(mean=self.mean, action=action)
-        low, high = self._bounds()
-        # Rounding may step over a bound by one unit in the last place: clip.
-        return jnp.clip(low + (high - low) * (0.5 + 0.5 * jnp.tanh(action)), low, high)
-
-    def _base(self) -> DiagonalGaussian:
-        return DiagonalGaussian(self.mean, self.log_std)
-
-    def _log_det(self, pre: Float[Array, "*B D"]) -> Float[Array, "*B"]:
-        low, high = self._bounds()
-        # 1 - tanh² underflows to 0 from |pre| = 9 on; this form of its log never does.
-        slope = 2 * (math.log(2) - pre - jax.nn.softplus(-2 * pre))
-        return jnp.sum(jnp.log(0.5 * (high - low)) + slope, axis=-1)
-
-    def _bounds(self) -> tuple[Array, Array]:
-        static = (int, float, np.ndarray, np.generic)
-        if isinstance(self.low, static) and isinstance(self.high, static):
-            width = np.subtract(self.high, self.low, dtype=np.float64)
-            if not np.all((width > 0) & np.isfinite(width)):
-                raise ValueError(
-                    f"low is {self.low!r} and high is {self.high!r}, need finite "
-                    "bounds with low < high; without bounds use DiagonalGaussian"
-                )
-        return _fit("low", self.low, self.mean), _fit("high", self.high, self.mean)
-
-
 # XLA's loops over a short last axis are slow on CPU; a chain over its columns is not.
 # log_prob and its gradient at [65536, A] float32 on two CPU cores, in microseconds:
 # A = 2: chain 120-210, 155-310; take_along_axis 660-780, 900-1180; one-hot sum 780, 760
@@ -428,13 +249,8 @@ def _uniform(key: PRNGKey, shape: tuple[int, ...], dtype: Any) -> Float[Array, "
     JAX's own lie at the cells' left ends, so that u = 0 comes up once in 2^23 draws and
     would hand a first action of probability 1e-30 that much.
     """
-    dtype = _draw_dtype(dtype)
+    dtype = draw_dtype(dtype)
     return jax.random.uniform(key, shape, dtype) + 0.5 * float(jnp.finfo(dtype).eps)
-
-
-def _draw_dtype(dtype: Any) -> Any:
-    # A bfloat16 uniform has 128 values: no half precision for draws.
-    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def _entropy(log_probs: Float[Array, "*B A"]) -> Float[Array, "*B"]:
@@ -462,16 +278,3 @@ def _check_action(action: Array, shape: tuple[int, ...], need: str) -> None:
             f"action has shape {action.shape}, needs {shape} = {need}; "
             "for more leading axes than the distribution has use jax.vmap"
         )
-
-
-def _fit(name: str, bound: ArrayLike, mean: Float[Array, "*B D"]) -> Array:
-    """Give a bound the mean's dtype and a rank that combines with the mean's."""
-    bound = jnp.asarray(bound).astype(mean.dtype)
-    if bound.ndim == 0 or bound.shape == mean.shape:
-        return bound
-    if bound.shape == mean.shape[:-1]:  # a number that vmap or scan has stacked
-        return bound[..., None]
-    raise ValueError(
-        f"{name} has shape {bound.shape}, needs (), {mean.shape[:-1]} or {mean.shape} "
-        f"beside a mean of shape {mean.shape}; use jnp.broadcast_to({name}, mean.shape)"
-    )

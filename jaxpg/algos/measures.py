@@ -1,0 +1,162 @@
+"""What an update meets and does, measured on its own batch: sums over all decisions.
+
+Numeric trouble never raises inside `jit`: it is counted here, and the training loop
+stops the run.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxpg.algos.base import Task
+from jaxpg.gradients import Chunks
+from jaxpg.importance import MAX_LOG_WEIGHT
+from jaxpg.policies import Policy
+from jaxpg.types import Params, PyTree, Trajectory
+
+__all__ = [
+    "chunks_for",
+    "count_non_finite",
+    "count_non_finite_decisions",
+    "explained_variance",
+    "mean_kl",
+    "mean_surrogate",
+]
+
+
+def chunks_for(policy: Policy, chunk_size: int | None) -> Chunks:
+    """Chunks of so many decisions; rows stay whole where the policy has a memory."""
+    return Chunks(chunk_size, cut_rows=not policy.is_recurrent)
+
+
+def mean_kl(
+    task: Task,
+    old: Params,
+    new: Params,
+    rows: Trajectory,
+    *,
+    chunk_size: int | None = None,
+) -> Float[Array, ""]:
+    """Mean over decisions of KL(old || new), in nats, from the distributions' own kl.
+
+    Args:
+        task: gives the policy and how sums are taken.
+        old: parameters of the policy that acted.
+        new: parameters of the one that has come of it.
+        rows: whose observations count.
+        chunk_size: decisions that are worked on together.
+
+    Returns:
+        A number of at least 0 but for rounding.
+    """
+
+    def of_chunk(shared: Any, rows: Trajectory) -> Array:
+        ours, theirs = (
+            jax.vmap(task.policy.unroll, (None, 0))(params, rows) for params in shared
+        )
+        return jnp.sum(jnp.where(rows.mask, ours.kl(theirs), 0.0))
+
+    return _mean(task, of_chunk, (old, new), rows, rows, chunk_size)
+
+
+def mean_surrogate(
+    task: Task,
+    params: Params,
+    rows: Trajectory,
+    advantages: Float[Array, "B T"],
+    *,
+    chunk_size: int | None = None,
+) -> Float[Array, ""]:
+    """Mean over decisions of rho A, rho over the log-probabilities that are recorded.
+
+    Args:
+        task: gives the policy and how sums are taken.
+        params: of the policy that is asked about.
+        rows: decisions of the policy that acted.
+        advantages: one per decision.
+        chunk_size: decisions that are worked on together.
+
+    Returns:
+        What a trust region's step must raise.
+
+    Reference: Schulman et al. 2015, equation 14.
+    """
+
+    def of_chunk(params: Params, chunk: Any) -> Array:
+        rows, advantages = chunk
+        distribution: Any = jax.vmap(task.policy.unroll, (None, 0))(params, rows)
+        log_rhos = jnp.where(
+            rows.mask, distribution.log_prob(rows.action) - rows.log_prob, 0.0
+        )
+        rhos = jnp.exp(jnp.minimum(log_rhos, MAX_LOG_WEIGHT))
+        return jnp.sum(jnp.where(rows.mask, rhos * advantages, 0.0))
+
+    return _mean(task, of_chunk, params, (rows, advantages), rows, chunk_size)
+
+
+def explained_variance(
+    targets: Float[Array, "B T"],
+    values: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+) -> Float[Array, ""]:
+    """1 - Var(targets - values) / Var(targets) over the real decisions.
+
+    Args:
+        targets: what a critic should have said.
+        values: what it said.
+        mask: whether slot t holds a decision.
+
+    Returns:
+        1 for a perfect critic, 0 for a constant one; 0 where targets do not vary.
+
+    >>> targets, mask = jnp.array([[1.0, 3.0]]), jnp.ones((1, 2), bool)
+    >>> explained_variance(targets, targets - 5.0, mask).item()
+    1.0
+    """
+    varying = jnp.var(targets, where=mask)
+    left = jnp.var(targets - values, where=mask)
+    some = varying > 0.0
+    return jnp.where(some, 1.0 - left / jnp.where(some, varying, 1.0), 0.0)
+
+
+def count_non_finite(tree: PyTree) -> Array:
+    """How many entries of a tree are NaN or infinite.
+
+    >>> count_non_finite({"a": jnp.array([1.0, jnp.nan]), "b": jnp.array(jnp.inf)})
+    Array(2, dtype=int32)
+    """
+    counts = [jnp.sum(~jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return jnp.sum(jnp.stack(counts)).astype(jnp.int32)
+
+
+def count_non_finite_decisions(
+    trajectories: Trajectory, *more: Float[Array, "B T"]
+) -> Array:
+    """How many rewards and log-probabilities of real decisions are NaN or infinite.
+
+    A weight of 0 hides a log-probability that is NaN from the gradient, not from here.
+
+    Args:
+        trajectories: the batch.
+        *more: other numbers of its decisions, such as advantages.
+
+    Returns:
+        Their number.
+    """
+    seen = (trajectories.reward, trajectories.log_prob, *more)
+    return count_non_finite([jnp.where(trajectories.mask, x, 0.0) for x in seen])
+
+
+def _mean(
+    task: Task,
+    of_chunk: Any,
+    shared: Any,
+    batch: Any,
+    rows: Trajectory,
+    chunk_size: int | None,
+) -> Array:
+    chunks = chunks_for(task.policy, chunk_size)
+    total = task.sum_over_rows(of_chunk, shared, batch, rows.mask, chunks)
+    return total / jnp.maximum(rows.num_decisions, 1).astype(total.dtype)
