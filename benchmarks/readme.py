@@ -7,6 +7,7 @@ the function of that name makes of `results/*.json`; a test holds the two togeth
 """
 
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,38 @@ def methods() -> str:
     return "\n".join(lines) + f"\n\n({machine(stored)})\n"
 
 
+def learning() -> str:
+    stored = timing.load("learning-cpu")
+    lines = [
+        "| world | algorithm | steps a seed | drawn, median (range) of 5 seeds | greedy "
+        "| Gymnasium | untrained | bar | met |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in stored["rows"].values():
+        name = f"{row['algorithm']} {row['note']}".strip()
+        if row["bar"] is None:
+            bar, met = "", ""
+        else:
+            sign = "≤" if row["most"] else "≥"
+            bar, met = f"{sign} {row['bar']:g}", f"{row['met']}/{row['num_seeds']}"
+        abroad = "" if row["gymnasium"] is None else f"{row['gymnasium']:.4g}"
+        lines.append(
+            f"| {row['env']} | {name} | {row['env_steps'] / 1e6:.2f}M | "
+            f"{spread(row['drawn'])} | {statistics.median(row['greedy']):.4g} | "
+            f"{abroad} | {row['before']:.3g} | {bar} | {met} |"
+        )
+    total = sum(row["seconds"] for row in stored["rows"].values())
+    return "\n".join(lines) + (
+        f"\n\n({machine(stored)}; five seeds side by side in one program, "
+        f"{total / 60:.0f} minutes of training in all, on a shared machine)\n"
+    )
+
+
+def spread(numbers: list[float]) -> str:
+    middle, low, high = statistics.median(numbers), min(numbers), max(numbers)
+    return f"{middle:.4g} ({low:.4g} to {high:.4g})"
+
+
 def machine(stored: dict[str, Any]) -> str:
     made = stored["provenance"]
     return (
@@ -203,6 +236,7 @@ BLOCKS = {
     "whole-oracle": whole_oracle,
     "memory": memory,
     "methods": methods,
+    "learning": learning,
 }
 
 if __name__ == "__main__":

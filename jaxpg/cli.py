@@ -24,6 +24,8 @@ __all__ = ["main"]
 
 EVALUATION = 0xE7A1
 
+Sweep = tuple[tuple[str, tuple[float, ...]], ...]
+
 USAGE = """\
 usage: jaxpg COMMAND [OPTIONS]
 
@@ -139,9 +141,7 @@ def _parse_train(algorithm: str, words: list[str]) -> TrainOptions:
     config = tuned(_env_of(words), algorithm)
     program = f"jaxpg train {algorithm}"
     options = _parse(TrainOptions, words, program, TrainOptions(config=config))
-    if sweep:
-        swept = dataclasses.replace(options.config, sweep=sweep)
-        options = dataclasses.replace(options, config=swept)
+    options = _with_sweep(options, sweep)
     if options.resume is None:
         return options
     from jaxpg.train.run import read_config
@@ -149,6 +149,7 @@ def _parse_train(algorithm: str, words: list[str]) -> TrainOptions:
     # The run's own settings as defaults: what then differs was asked for by name.
     stored, _ = read_config(options.resume)
     options = _parse(TrainOptions, words, program, TrainOptions(config=stored))
+    options = _with_sweep(options, sweep)
     length = options.config.num_updates
     if options.config != dataclasses.replace(stored, num_updates=length):
         changed = ", ".join(_differences(stored, options.config))
@@ -169,9 +170,7 @@ def _env_of(words: list[str]) -> str:
     return TrainConfig.env
 
 
-def _take_sweeps(
-    words: list[str],
-) -> tuple[list[str], tuple[tuple[str, tuple[float, ...]], ...]]:
+def _take_sweeps(words: list[str]) -> tuple[list[str], Sweep]:
     """Take `--sweep NAME VALUE VALUE ...` out of the words, each time it is there."""
     rest, sweeps = list(words), []
     while "--sweep" in rest:
@@ -185,10 +184,20 @@ def _take_sweeps(
             sweeps.append((name.replace("-", "_"), tuple(float(x) for x in values)))
         except ValueError as error:
             raise UsageError(
-                f"--sweep {' '.join(taken)} needs the name of a setting and numbers, "
-                "for example --sweep learning_rate 1e-4 3e-4 1e-3"
+                f"{' '.join(['--sweep', *taken])} needs the name of a setting and "
+                "numbers, for example --sweep learning_rate 1e-4 3e-4 1e-3"
             ) from error
     return rest, tuple(sweeps)
+
+
+def _with_sweep(options: TrainOptions, sweep: Sweep) -> TrainOptions:
+    if not sweep:
+        return options
+    try:
+        config = dataclasses.replace(options.config, sweep=sweep)
+    except ValueError as error:
+        raise UsageError(error) from error
+    return dataclasses.replace(options, config=config)
 
 
 def _differences(old: Any, new: Any) -> list[str]:
@@ -233,6 +242,7 @@ def _use_compilation_cache() -> None:
 
 def _report(result: Any) -> int:
     from jaxpg.train.progress import table
+    from jaxpg.train.render import describe_sweep
 
     if result.stopped_by is not None:
         print(
@@ -240,10 +250,13 @@ def _report(result: Any) -> int:
             f"jaxpg train --resume {result.folder}"
         )
         return 128 + result.stopped_by
-    if result.evaluation:
+    if result.sweep:
+        what = "Mean return, median (and quartiles) over seeds"
+        table(what, describe_sweep(result.sweep))
+    elif result.evaluation:
         table("Evaluation, actions drawn from the policy", result.evaluation)
     print(f"run folder: {result.folder}")
-    if result.evaluation:
+    if result.evaluation and not result.sweep:  # a mean over settings means nothing
         means = [row["mean"] for row in result.evaluation]
         print(f"mean {sum(means) / len(means):.2f}")
     return 0

@@ -121,11 +121,8 @@ def fisher_vector_product(
     def of_chunk(shared: tuple[Params, Params], rows: Trajectory) -> Any:
         product = FORMS[form](policy_unroll, *shared, rows)
         count = jnp.sum(COUNTED[per](rows)) if num is None else jnp.array(0)
-        # Of the product's own type, so that devices add it in the same message; but a
-        # half-precision float cannot count.
-        dtype = jax.tree.leaves(product)[0].dtype
-        wide = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
-        return product, count.astype(wide)
+        # Of the product's own type, so that devices add it in the same message.
+        return product, count.astype(jax.tree.leaves(product)[0].dtype)
 
     total, count = sum_over_rows(of_chunk, (params, vector), rows, rows.mask, chunks)
     number = jnp.maximum(count, 1.0) if num is None else num

@@ -14,7 +14,8 @@ holds one episode, masked after its end.
 
 Randomness belongs to the episode: episode i uses `fold_in(key, i)`, and its decision t
 `fold_in` of that with t; only the reset is the first episode's of a group, where there
-are groups, and a policy that holds its noise draws with the key of an earlier t. Slots, chunks and devices therefore never change the sample.
+are groups, and a policy that holds its noise draws with the key of an earlier decision.
+Slots, chunks and devices therefore never change the sample.
 
 Capacity. N episodes of at most L decisions need at most K * L turns, K = ceil(N / M):
 after (K - 1) * L turns every slot has finished K - 1 episodes or found the queue empty,

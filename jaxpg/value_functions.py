@@ -307,7 +307,7 @@ def update_statistics(
     weight = kept * old.weight + (1.0 - kept)
     rate = (1.0 - kept) / weight
     step = mean - old.mean
-    kept = old.variance + rate * step**2
+    moved = old.variance + rate * step**2
     return TargetStatistics(
-        weight, old.mean + rate * step, (1.0 - rate) * kept + rate * variance
+        weight, old.mean + rate * step, (1.0 - rate) * moved + rate * variance
     )

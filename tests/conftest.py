@@ -6,8 +6,16 @@ users pay nothing for them.
 
 import os
 
-# Before JAX starts: eight host devices, so that sharded code runs sharded here.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Before JAX starts. Eight host devices, so that sharded code runs sharded here. And no
+# work on fast machine code: nearly all the time here goes into compiling programs that
+# run once. Both flags concern LLVM alone; fusions, buffers and collectives are decided
+# before it, so tests that read those see what users have. Processes that play a user
+# (test_cli, test_resume) drop these flags and run as he does.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 "
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax

@@ -8,7 +8,8 @@ import optax
 import pytest
 
 from jaxpg import exact
-from jaxpg.algos.base import AlgorithmState, ascend, count_non_finite
+from jaxpg.algos.base import AlgorithmState, ascend, make_task
+from jaxpg.algos.measures import count_non_finite
 from jaxpg.algos.reinforce import (
     ReinforceConfig,
     reinforce,
@@ -33,6 +34,7 @@ def quick(function):
 MDP = random_mdp(0, num_states=3, horizon=4)
 ENV = tabular_environment(MDP)
 POLICY = mlp_policy(ENV.observation_space, ENV.action_space, hidden=(4,))
+TASK = make_task(ENV, POLICY, num_updates=10)
 
 
 def batch(params, num_episodes=12, num_slots=5):
@@ -64,13 +66,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_contract(name):
-    algorithm = reinforce(
-        SETTINGS[name],
-        POLICY,
-        ENV.max_steps,
-        observation_space=ENV.observation_space,
-        num_updates=10,
-    )
+    algorithm = reinforce(SETTINGS[name], TASK)
     state = first_state(algorithm)
     assert isinstance(state, AlgorithmState)
     trajectories = batch(state.params)
@@ -92,7 +88,7 @@ def test_contract(name):
 
 def test_one_update_is_the_gradient_and_one_optax_step():
     config = ReinforceConfig(learning_rate=0.1, baseline="none")
-    algorithm = reinforce(config, POLICY, ENV.max_steps)
+    algorithm = reinforce(config, TASK)
     state = first_state(algorithm)
     trajectories = batch(state.params)
     after, info = quick(algorithm.update)(KEY, state, trajectories)
@@ -112,7 +108,7 @@ def test_one_update_is_the_gradient_and_one_optax_step():
 
 def test_info_by_hand():
     config = ReinforceConfig(baseline="none")
-    algorithm = reinforce(config, POLICY, ENV.max_steps)
+    algorithm = reinforce(config, TASK)
     state = first_state(algorithm)
     trajectories = batch(state.params)
     _, info = quick(algorithm.update)(KEY, state, trajectories)
@@ -123,7 +119,7 @@ def test_info_by_hand():
 
 
 def test_non_finite_numbers_are_counted_and_not_raised():
-    algorithm = reinforce(ReinforceConfig(), POLICY, ENV.max_steps)
+    algorithm = reinforce(ReinforceConfig(), TASK)
     state = first_state(algorithm)
     trajectories = batch(state.params)
     spoilt = trajectories._replace(reward=trajectories.reward.at[0, 0].set(jnp.nan))
@@ -145,7 +141,7 @@ def test_clipping_bounds_the_global_norm_and_keeps_the_direction():
 
 def test_the_learning_rate_falls_to_zero_over_the_run():
     config = ReinforceConfig(anneal=True, learning_rate=0.1)
-    algorithm = reinforce(config, POLICY, ENV.max_steps, num_updates=2)
+    algorithm = reinforce(config, make_task(ENV, POLICY, num_updates=2))
     state = first_state(algorithm)
     trajectories = batch(state.params)
     update, sizes = quick(algorithm.update), []
@@ -199,7 +195,7 @@ def test_credit_of_packed_rows_by_hand():
 @pytest.mark.parametrize("baseline", ["time-dependent", "optimal", "per-parameter"])
 def test_packing_does_not_change_the_gradient(baseline):
     config = ReinforceConfig(baseline=baseline)
-    algorithm = reinforce(config, POLICY, ENV.max_steps)
+    algorithm = reinforce(config, TASK)
     state = first_state(algorithm)
     updates = [
         quick(algorithm.update)(KEY, state, batch(state.params, num_slots=slots))
@@ -215,7 +211,8 @@ def test_packing_does_not_change_the_gradient(baseline):
 def learn(env, config, num_updates, num_episodes=64):
     """Train a tiny policy in one scan; the mean reward of an episode at its end."""
     policy = mlp_policy(env.observation_space, env.action_space, hidden=(8,))
-    algorithm = reinforce(config, policy, env.max_steps, num_updates=num_updates)
+    task = make_task(env, policy, num_updates=num_updates)
+    algorithm = reinforce(config, task)
     ids = jnp.arange(num_episodes, dtype=jnp.int32)
 
     def update(state, key):
@@ -299,7 +296,7 @@ def test_wrong_settings_are_refused(settings, sentence, monkeypatch):
 
 def test_annealing_over_a_run_of_unknown_length_is_refused():
     with pytest.raises(ValueError, match=r"^anneal is set, but num_updates is None"):
-        reinforce(ReinforceConfig(anneal=True), POLICY, 3)
+        reinforce(ReinforceConfig(anneal=True), make_task(ENV, POLICY))
 
 
 def test_settings_are_frozen():

@@ -47,6 +47,7 @@ LAYERS = {
         "diagnostics",
         "drift",
         "episodes",
+        "linear_systems",
         "fisher",
         "trust_region",
     ],

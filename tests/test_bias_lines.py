@@ -35,6 +35,7 @@ ROOMS = (
     "credit",
     "eligibility",
     "estimators",
+    "fisher",
     "gradients",
     "groups",
     "importance",
@@ -47,6 +48,7 @@ ROOMS = (
     "self_normalized",
     "streams",
     "surrogate",
+    "trust_region",
     "value_functions",
 )
 # Parts, doors and records, which estimate nothing.
@@ -56,7 +58,7 @@ NO_ESTIMATORS = {
     "credit": {"held_finite", "mean_credit"},
     "eligibility": {"gpomdp_init", "merge_means"},
     "estimators": {"make_baseline", "make_estimator", "summarize_batch"},
-    "gradients": {"check_rows", "sum_over_chunks", "weigh"},
+    "gradients": {"check_rows", "map_plainly", "sum_over_chunks", "weigh"},
     "groups": {"group_index"},
     "importance": {
         "effective_sample_size",
@@ -90,6 +92,8 @@ NO_ESTIMATORS = {
     },
     "streams": {"batch_source", "episode_source", "stream_summary"},
     "surrogate": {"cross_entropy", "magic_box", "squared_error"},
+    "trust_region": {"normalize_by_kl", "scale_by_kl", "trust_region"},
+    "value_functions": {"no_statistics", "update_statistics"},
 }
 
 
@@ -126,7 +130,7 @@ def test_every_room_was_thought_of():
         for name in files
         if "\n    Bias: " in (ROOT / "jaxpg" / f"{name}.py").read_text()
     }
-    assert found <= {*ROOMS, "moments", "diagnostics", "drift", "rollout"}
+    assert found <= {*ROOMS, "moments", "diagnostics", "drift", "policies", "rollout"}
 
 
 # function -> which rows of the table are its own.

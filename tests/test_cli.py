@@ -13,9 +13,8 @@ import pytest
 
 from jaxpg import envs
 from jaxpg._version import __version__
-from jaxpg.algos.reinforce import ReinforceConfig
 from jaxpg.cli import main
-from jaxpg.train.config import TrainConfig
+from jaxpg.train.config import ALGORITHMS, PolicyConfig, TrainConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = (
@@ -102,7 +101,11 @@ def test_list_envs(call):
 
 def test_list_algorithms(call):
     code, out, _ = call("list", "algorithms")
-    assert code == 0 and out.split()[0] == "reinforce" and out.count("\n") == 1
+    lines = out.splitlines()
+    assert code == 0 and [line.split()[0] for line in lines] == [
+        *("reinforce", "a2c", "vtrace", "off-policy", "npg", "enac", "trpo", "ppo")
+    ]
+    assert all(len(line.split()) > 2 for line in lines)  # and says what each is
 
 
 def test_list_what(call):
@@ -113,14 +116,17 @@ def test_list_what(call):
     assert call("list", "--help")[0] == 0
 
 
-def test_train_help_names_every_option(call):
-    code, out, _ = call("train", "--help")
-    assert code == 0 and out.startswith("usage: jaxpg train reinforce")
+@pytest.mark.parametrize("name", [None, *ALGORITHMS])
+def test_train_help_names_every_option(call, name):
+    code, out, _ = call("train", *([] if name is None else [name]), "--help")
+    name = name or "reinforce"
+    assert code == 0 and out.startswith(f"usage: jaxpg train {name}")
     flags = set(re.findall(r"--[a-z-]+", out))
-    for kind in (TrainConfig, ReinforceConfig):
+    for kind in (TrainConfig, PolicyConfig, ALGORITHMS[name]):
         for field in dataclasses.fields(kind):
-            if field.name != "algorithm":
-                assert "--" + field.name.replace("_", "-") in flags
+            if field.name not in ("algorithm", "policy"):
+                # lambda_ is --lambda
+                assert "--" + field.name.strip("_").replace("_", "-") in flags
     assert {"--resume", "--compilation-cache"} <= flags
 
 

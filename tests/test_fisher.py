@@ -227,7 +227,7 @@ def test_both_forms_are_the_mean_of_squared_scores(name, form, float64):
     found = columns(
         lambda v: fisher_product(unroll, params, rows, v, form=form), params
     )
-    close(found, expected / rows.mask.sum())
+    close(found, expected / int(rows.mask.sum()))
 
 
 @pytest.mark.parametrize(
@@ -235,8 +235,8 @@ def test_both_forms_are_the_mean_of_squared_scores(name, form, float64):
     [
         ({"per": "trajectory"}, 15, 0.0),
         ({"per": "trajectory", "num": 7}, 7, 0.0),
-        ({"num": 11, "damping": 0.3}, 11, 0.3),
-        ({"num": jnp.array(11), "damping": jnp.array(0.3)}, 11, 0.3),
+        ({"num": 11, "damping": 0.25}, 11, 0.25),
+        ({"num": jnp.array(11), "damping": jnp.array(0.25)}, 11, 0.25),
     ],
 )
 def test_what_it_is_a_mean_over(options, divide, add, float64):
@@ -393,17 +393,16 @@ def test_empty_slots_are_not_seen(form, float64):
 
 def test_an_empty_slot_may_forbid_every_action(float64):
     rows, params, vector = batch(), make_params(), make_params(2)
+    some = jnp.broadcast_to(jnp.arange(A) != 1, (T, A))
 
-    def unroll(params, row):
-        allowed = row.mask[:, None] & (jnp.arange(A) != 1)[None]
-        return Categorical(jnp.where(allowed, outputs(params, row), -jnp.inf))
-
-    def clean(params, row):
-        allowed = jnp.broadcast_to(jnp.arange(A) != 1, (T, A))
-        return Categorical(jnp.where(allowed, outputs(params, row), -jnp.inf))
+    def unroll(params, row, everywhere=False):
+        allowed = some & (row.mask[:, None] | everywhere)
+        # Added, so that what is NaN would find its way back into the parameters.
+        return Categorical(outputs(params, row) + jnp.where(allowed, 0.0, -jnp.inf))
 
     assert jnp.isnan(unroll(params, jax.tree.map(lambda x: x[1], rows)).entropy()).any()
     found = flat(fisher_product(unroll, params, rows, vector))
+    clean = functools.partial(unroll, everywhere=True)
     close(found, flat(fisher_product(clean, params, rows, vector)))
 
 
@@ -482,7 +481,7 @@ def test_over_all_paths_the_regression_is_the_natural_gradient(
             num_iterations=30,
             tolerance=1e-24,
             chances=3.0 * chances,  # nor the unit of the chances
-            chunks=Chunks(7, cut_rows=True),
+            chunks=Chunks(2, cut_rows=True),  # of which whole rows are made
         )
     )(params)
     expected = exact.natural_gradient(mdp, policy, params, discount, damping)

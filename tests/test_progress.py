@@ -90,13 +90,14 @@ def test_a_bar_in_a_terminal(terminal):
 def test_the_bar_goes_away_when_training_fails(terminal, tmp_path):
     """Compilation fails here; the cursor must come back all the same."""
     from jaxpg.envs.probes import constant_reward
-    from jaxpg.train.config import TrainConfig
+    from jaxpg.train.config import PolicyConfig, TrainConfig
     from jaxpg.train.loop import train
 
     def step(key, state, action):
         raise ZeroDivisionError("this world is broken")
 
-    config = TrainConfig(runs_dir=tmp_path, num_envs=2, num_devices=1, hidden=(2,))
+    policy = PolicyConfig(hidden=(2,))
+    config = TrainConfig(runs_dir=tmp_path, num_envs=2, num_devices=1, policy=policy)
     screen = terminal()
     with pytest.raises(ZeroDivisionError):
         train(config, env=constant_reward()._replace(step=step))

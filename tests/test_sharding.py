@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpg.algos.base import make_task
 from jaxpg.algos.reinforce import ReinforceConfig, reinforce
 from jaxpg.envs import Discrete, with_time_limit
 from jaxpg.envs.probes import obs_and_action_reward
@@ -35,9 +36,13 @@ def world():
 def one_update(placement, config=CONFIG):
     """Rollout, gradient and step; every device packs its part of the episodes."""
     env, policy = world()
-    algorithm = reinforce(
-        config, policy, env.max_steps, sum_over_rows=placement.sum_over_rows
+    task = make_task(
+        env,
+        policy,
+        sum_over_rows=placement.sum_over_rows,
+        map_rows=placement.map_rows,
     )
+    algorithm = reinforce(config, task)
     per_device = NUM_EPISODES // placement.num_devices
 
     def rows(params, ids):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import typing
 from pathlib import Path
 
 import jax
@@ -11,12 +12,20 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from jaxpg.algos.ppo import PPOConfig
 from jaxpg.algos.reinforce import ReinforceConfig
+from jaxpg.algos.vtrace import VTraceConfig
 from jaxpg.envs.base import Box, Discrete, Environment
 from jaxpg.envs.probes import action_dependent_reward, obs_and_action_reward
 from jaxpg.heads import categorical_head
 from jaxpg.policies import from_apply
-from jaxpg.train.config import TrainConfig, config_from_json, config_to_json
+from jaxpg.train.config import (
+    ALGORITHMS,
+    PolicyConfig,
+    TrainConfig,
+    config_from_json,
+    config_to_json,
+)
 from jaxpg.train.log import read_rows
 from jaxpg.train.loop import NonFiniteError, resume, train
 from jaxpg.train.records import find_non_finite
@@ -29,6 +38,7 @@ from jaxpg.train.run import (
     read_config,
     restore_state,
 )
+from jaxpg.train.tuned import tuned, tuned_pairs
 from jaxpg.types import StepOutput
 
 
@@ -54,7 +64,7 @@ def shared_compilations(tmp_path_factory):
 def tiny(folder, **changes):
     settings = {
         "env": "Probe-ObsAndActionReward-v0",
-        "hidden": (8,),
+        "policy": PolicyConfig(hidden=(8,)),
         "num_envs": 8,
         "num_updates": 6,
         "checkpoint_every": 2,
@@ -153,31 +163,34 @@ def test_one_evaluation_episode_has_no_standard_error(tmp_path):
     assert math.isnan(result.evaluation[0]["standard_error"])
 
 
-# Two settings that exclude each other.
-@pytest.mark.parametrize(
-    "choice", [{"credit": "total-return"}, {"keep_leading_discount": True}]
-)
-def test_settings_survive_json(choice):
-    algorithm = ReinforceConfig(
-        **choice,
-        episodes_per_env=3,
-        baseline="none",
-        discount=0.5,
-        standardize=True,
-        learning_rate=0.125,
-        anneal=True,
-        max_grad_norm=2.5,
-        chunk_size=None,
+def through_json(config):
+    return config_from_json(json.loads(json.dumps(config_to_json(config))))
+
+
+def test_settings_survive_json():
+    policy = PolicyConfig(
+        network="cnn",
+        hidden=(3, 2, 1),
+        channels=(5, 4),
+        memory=6,
+        activation="relu",
+        normalize_observations=True,
+        head="tanh",
+        state_dependent_std=True,
+        initial_log_std=-0.5,
+        noise_hold=2,
     )
+    algorithm = PPOConfig()
     config = TrainConfig(
         env="Probe-DelayedReward-v0",
         max_steps=7,
         seed=11,
         num_seeds=2,
+        sweep=(("learning_rate", (0.5, 0.25)), ("clip_eps", (0.125, 0.75))),
+        members_at_once=3,
         num_envs=6,
         num_updates=5,
-        hidden=(3, 2, 1),
-        activation="relu",
+        policy=policy,
         num_devices=2,
         checkpoint_every=9,
         keep_checkpoints=8,
@@ -186,11 +199,38 @@ def test_settings_survive_json(choice):
         name="named",
         algorithm=algorithm,
     )
-    for mine, default in ((algorithm, ReinforceConfig()), (config, TrainConfig())):
+    for mine, default in ((policy, PolicyConfig()), (config, TrainConfig())):
         for field in dataclasses.fields(mine):  # or this test could miss one
-            if field.name not in {"credit", "keep_leading_discount"} - set(choice):
-                assert getattr(mine, field.name) != getattr(default, field.name)
-    assert config_from_json(json.loads(json.dumps(config_to_json(config)))) == config
+            assert getattr(mine, field.name) != getattr(default, field.name)
+    assert through_json(config) == config
+
+
+def another_value(kind, value):
+    """Of a setting's type, and not its default."""
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return choices[choices.index(value) - 1]
+    if type(None) in choices:
+        return None if value is not None else {float: 0.5, int: 3}[choices[0]]
+    return {bool: not value, int: value + 1, float: value / 2 or 0.5}[kind]
+
+
+# Settings that need another one beside them.
+TOGETHER = {("off-policy", "credit"): {"ratio": "whole"}}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_setting_of_every_algorithm_survives_json(name):
+    kind = ALGORITHMS[name]
+    types = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        value = another_value(types[field.name], field.default)
+        assert value != field.default
+        settings = {field.name: value} | TOGETHER.get((name, field.name), {})
+        config = TrainConfig(algorithm=kind(**settings))
+        again = through_json(config)
+        assert again == config and type(again.algorithm) is kind
+        assert getattr(again.algorithm, field.name) == value
 
 
 def test_settings_of_another_version_are_refused():
@@ -212,14 +252,40 @@ def test_settings_of_another_version_are_refused():
         ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"num_devices": 0}, "num_devices is 0"),
-        ({"hidden": (8, 0)}, "hidden is 0"),
         ({"eval_episodes": -1}, "eval_episodes is -1"),
-        ({"activation": "tahn"}, "did you mean 'tanh'"),
+        ({"members_at_once": 0}, "members_at_once is 0"),
+        ({"sweep": (("learning_rat", (0.1,)),)}, "did you mean 'learning_rate'"),
+        ({"sweep": (("chunk_size", (8.0,)),)}, "swept setting is 'chunk_size'"),
+        ({"sweep": (("baseline", (1.0,)),)}, "swept setting is 'baseline'"),
+        ({"sweep": (("discount", ()),)}, r"discount has the values \(\), needs"),
+        ({"sweep": (("discount", (0.5, 0.5)),)}, "needs different ones"),
+        ({"sweep": (("discount", (0.5, 1.5)),)}, "discount is 1.5"),
     ],
 )
 def test_bad_settings(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": (8, 0)}, "hidden is 0"),
+        ({"channels": (0,)}, "channels is 0"),
+        ({"memory": -1}, "memory is -1"),
+        ({"noise_hold": 0}, "noise_hold is 0"),
+        ({"activation": "tahn"}, "did you mean 'tanh'"),
+        ({"network": "nlp"}, "did you mean 'mlp'"),
+        ({"head": "tan"}, "did you mean 'tanh'"),
+    ],
+)
+def test_bad_settings_of_networks(changes, message, monkeypatch):
+    from jaxtyping import config
+
+    # As users have it, without the shape checker that the tests wrap around it.
+    monkeypatch.setattr(config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=message):
+        PolicyConfig(**changes)
 
 
 # --- seeds side by side
@@ -243,6 +309,132 @@ def test_seeds_side_by_side_equal_single_runs(tmp_path):
                 assert row[name] == pytest.approx(single[name], rel=1e-5), name
         firsts.append(mine[0]["grad_norm"])
     assert len(set(firsts)) == 3  # or equality of all seeds would pass for it
+
+
+# --- values of settings side by side
+
+
+SWEPT = [(rate, seed) for rate in (0.02, 0.01) for seed in (5, 6)]
+
+
+@pytest.fixture(scope="module")
+def single_runs(tmp_path_factory):
+    """One run for each member of the sweep below."""
+    folder = tmp_path_factory.mktemp("single")
+    return {
+        (rate, seed): train(
+            tiny(
+                folder,
+                seed=seed,
+                algorithm=ReinforceConfig(learning_rate=rate),
+                name=f"{rate}-{seed}",
+            ),
+            show=False,
+        ).folder
+        for rate, seed in SWEPT
+    }
+
+
+@pytest.mark.parametrize("at_once", [None, 1], ids=["side by side", "in turn"])
+def test_a_sweep_equals_single_runs(tmp_path, single_runs, at_once):
+    config = tiny(
+        tmp_path,
+        seed=5,
+        num_seeds=2,
+        sweep=(("learning_rate", (0.02, 0.01)),),
+        members_at_once=at_once,
+        eval_episodes=3,
+    )
+    result = train(config, show=False)
+    rows = read_rows(result.folder)
+    members = [(row["learning_rate"], row["seed"]) for row in rows]
+    assert members == config.num_updates * SWEPT
+    assert [(row["learning_rate"], row["seed"]) for row in result.evaluation] == SWEPT
+    lasts = []
+    for index, (rate, seed) in enumerate(SWEPT):
+        folder = single_runs[rate, seed]
+        params, (expected,) = last_params(result.folder)[index], last_params(folder)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), params, expected
+        )
+        mine = [
+            row for row in rows if (row["learning_rate"], row["seed"]) == (rate, seed)
+        ]
+        for row, single in zip(mine, read_rows(folder), strict=True):
+            assert set(row) == {*single, "learning_rate"}
+            for name in ("update", "env_steps", "mean_return", "grad_norm", "entropy"):
+                assert row[name] == pytest.approx(single[name], rel=1e-4), name
+        lasts.append(mine[-1]["grad_norm"])
+    assert len(set(lasts)) == 4  # or equality of all members would pass for it
+
+
+def test_members_are_all_combinations_of_values_and_seeds():
+    config = TrainConfig(
+        seed=3,
+        num_seeds=2,
+        sweep=(("discount", (0.5, 1.0)), ("learning_rate", (0.1, 0.2, 0.3))),
+    )
+    members = config.members()
+    assert config.num_members == len(members) == 12
+    assert members[:3] == [
+        {"seed": 3, "discount": 0.5, "learning_rate": 0.1},
+        {"seed": 4, "discount": 0.5, "learning_rate": 0.1},
+        {"seed": 3, "discount": 0.5, "learning_rate": 0.2},
+    ]
+    assert config.swept_values()["discount"] == [0.5] * 6 + [1.0] * 6
+    assert len({tuple(member.items()) for member in members}) == 12
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_number_of_every_algorithm_can_be_swept(tmp_path, name, monkeypatch):
+    """Traced in place of numbers; nothing is compiled."""
+    from jaxtyping import config as checker
+
+    # Settings are annotated as the numbers that they are without a sweep.
+    monkeypatch.setattr(checker, "jaxtyping_disable", True)
+    kind = ALGORITHMS[name]
+    types = typing.get_type_hints(kind)
+    optional = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is None and float in typing.get_args(types[field.name])
+    ]
+    algorithm = kind(**dict.fromkeys(optional, 0.5))
+    numbers = {n: x for n, x in vars(algorithm).items() if isinstance(x, float)}
+    sweep = tuple((n, (x / 2 or 0.5, x)) for n, x in numbers.items())
+    assert len(numbers) >= 3 and all(name in numbers for name in optional)
+    for setting in sweep:  # one by one they are fine
+        config = tiny(tmp_path, algorithm=algorithm, sweep=(setting,))
+        assert config.num_members == 2
+    one_each = tuple((n, values[:1]) for n, values in sweep)
+    config = tiny(tmp_path, algorithm=algorithm, sweep=one_each)
+    run = create_run(config)
+    state = jax.eval_shape(run.program.init, initial_seeds(config))
+    after, metrics = jax.eval_shape(run.program.advance, state, np.int32(1))
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert {"mean_return", "non_finite_params"} <= set(metrics)
+
+
+# --- every algorithm
+
+
+@pytest.mark.parametrize("pair", tuned_pairs(), ids="/".join)
+def test_stored_settings_build(tmp_path, pair):
+    env, algorithm = pair
+    config = tuned(env, algorithm)
+    assert config.env == env and config.algorithm_name == algorithm
+    assert through_json(config) == config
+    config = dataclasses.replace(config, runs_dir=tmp_path, num_devices=1)
+    run = create_run(config)
+    state = jax.eval_shape(run.program.init, initial_seeds(config))
+    jax.eval_shape(run.program.advance, state, np.int32(1))
+
+
+def test_settings_of_a_pair_that_none_are_stored_for():
+    config = tuned("Probe-Bits-v0", "vtrace")
+    assert config == TrainConfig(env="Probe-Bits-v0", algorithm=VTraceConfig())
+    with pytest.raises(ValueError, match="did you mean 'ppo'"):
+        tuned("CartPole-v1", "pppo")
 
 
 # --- environments and policies of one's own

@@ -92,6 +92,7 @@ class Task(NamedTuple):
         sum_over_rows: how sums over rows are taken; `jaxpg.train.sharding` has one for
             several devices.
         map_rows: how work on each row for itself is done; likewise.
+        env_name: how errors call the world.
     """
 
     policy: Policy
@@ -102,6 +103,7 @@ class Task(NamedTuple):
     tells_truncation: bool = True
     sum_over_rows: SumOverRows = sum_over_chunks
     map_rows: MapRows = map_plainly
+    env_name: str = "the environment"
 
 
 class Algorithm(NamedTuple):
@@ -148,6 +150,7 @@ def make_task(env: Environment, policy: Policy, **changes: Any) -> Task:
         env.observation_space,
         env.max_steps,
         tells_truncation=env.tells_truncation,
+        env_name=env.name,
     )
     return task._replace(**changes)
 
@@ -191,7 +194,7 @@ def needed_max_steps(task: Task) -> int:
     """
     if task.max_steps is None:
         raise ValueError(
-            "the environment has no time limit, so whole episodes may never end; give "
+            f"{task.env_name} has no time limit, so whole episodes may never end; give "
             "--max-steps, or wrap it in with_time_limit"
         )
     return task.max_steps

@@ -159,6 +159,13 @@ def off_policy(
         observation_space=task.observation_space,
         sum_over_rows=task.sum_over_rows,
     )
+    # What the samples are worth is a matter of ratios, not of discounts.
+    ratios_alone = dataclasses.replace(
+        estimator.config.credit, keep_leading_discount=False
+    )
+    weighing = estimator._replace(
+        config=dataclasses.replace(estimator.config, credit=ratios_alone)
+    )
     steps = None if task.num_updates is None else task.num_updates * config.num_epochs
     optimizer = make_optimizer(
         config.learning_rate,
@@ -200,7 +207,7 @@ def off_policy(
 
         def turn(carry: tuple, _: None) -> tuple[tuple, Info]:
             going, *learned = carry
-            credit = estimate_credit(estimator, learned[0], trajectories)
+            credit = estimate_credit(weighing, learned[0], trajectories)
             ess = _ess_fraction(credit.reach, trajectories.mask)
             going = going & (ess >= config.min_ess)
 
@@ -216,6 +223,8 @@ def off_policy(
             kept = jax.tree.map(
                 lambda x, y: jnp.where(going, x, y), moved, tuple(learned)
             )
+            # A member that has stopped comes here in the company of others: it sees 0.
+            info = {name: jnp.where(going, x, 0) for name, x in info.items()}
             return (going, *kept), info | {"ess": ess, "made": going}
 
         first = (jnp.ones((), bool), state.params, state.opt_state)

@@ -62,6 +62,9 @@ from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = ["PPOConfig", "PPOState", "ppo"]
 
+FURTHEST = 2.0**10
+"""How many times the KL penalty's coefficient may be its first value, or a part."""
+
 Form = Literal["clip", "kl-penalty"]
 Standardize = Literal["minibatch", "batch", "none"]
 
@@ -214,15 +217,16 @@ def ppo(config: PPOConfig, task: Task) -> Algorithm:
             opt_state=opt_state,
             critic=theirs._replace(params=critic_params, opt_state=critic_opt_state),
         )
-        if config.stop_at_kl is not None:
-            going = going & (info["kl"] <= config.stop_at_kl)
-        state = jax.tree.map(lambda x, y: jnp.where(going, x, y), stepped, state)
         info |= {
             "grad_norm": optax.tree.norm(gradients["policy"]),
             "non_finite_gradient": count_non_finite(gradients),
-            "skipped": ~going,
         }
-        return (state, going), info
+        # A member that has stopped comes here in the company of others: it sees 0.
+        info = {name: jnp.where(going, x, 0) for name, x in info.items()}
+        if config.stop_at_kl is not None:
+            going = going & (info["kl"] <= config.stop_at_kl)
+        state = jax.tree.map(lambda x, y: jnp.where(going, x, y), stepped, state)
+        return (state, going), info | {"skipped": ~going}
 
     def update(
         key: PRNGKey, state: PPOState, trajectories: Trajectory
@@ -385,7 +389,7 @@ def _unless_stopped(step: Any, carry: tuple[PPOState, Array]) -> Any:
 
 
 def _summary(infos: Info) -> Info:
-    """Means over the steps that were made; the KL of the last epoch."""
+    """Means over the steps that were made; the KL is the largest mean of an epoch."""
     made = ~infos["skipped"]
     count = jnp.maximum(jnp.sum(made), 1).astype(float)
     means = {
@@ -393,7 +397,7 @@ def _summary(infos: Info) -> Info:
         for name in ("entropy", "critic_loss", "clip_fraction", "grad_norm")
     }
     return means | {
-        "kl": jnp.max(infos["kl"]),
+        "kl": jnp.max(jnp.mean(infos["kl"], axis=1)),
         "skipped_steps": jnp.sum(~made),
         "non_finite_gradient": jnp.sum(infos["non_finite_gradient"]),
     }
@@ -404,4 +408,6 @@ def _adapted(config: PPOConfig, state: PPOState, kl: Array) -> Array:
         return state.kl_coefficient
     above, below = kl > 1.5 * config.kl_target, kl < config.kl_target / 1.5
     factor = jnp.where(above, 2.0, jnp.where(below, 0.5, 1.0))
-    return state.kl_coefficient * factor
+    # Held, for what has halved to 0 or doubled to infinity never comes back.
+    first = jnp.asarray(config.kl_coefficient, float)
+    return jnp.clip(state.kl_coefficient * factor, first / FURTHEST, first * FURTHEST)

@@ -241,7 +241,10 @@ def fit_critic(
         ValueError: if minibatches do not divide the batch.
     """
     network = needed_critic(task)
-    cut = plan_minibatches(*rows.mask.shape, num_minibatches, cut_rows=rows_cut(task))
+    num_rows, num_steps = rows.mask.shape
+    cut = plan_minibatches(
+        num_rows, num_steps, num_minibatches, cut_rows=rows_cut(task)
+    )
     chunks = Chunks(chunk_size, cut_rows=rows_cut(task))
     rows = critic_rows(network, rows)._replace(next_obs=None)
 

@@ -36,7 +36,7 @@ class PolicyConfig:
     """Settings of the policy's and the critic's networks."""
 
     network: NetworkName = "mlp"
-    """What reads the observation: layers on it flattened, or convolutions on [H, W, C]."""
+    """What reads the observation: layers on it flat, or convolutions on [H, W, C]."""
     hidden: tuple[int, ...] = (64, 64)
     """Width of each hidden layer."""
     channels: tuple[int, ...] = (16,)
@@ -108,7 +108,7 @@ class TrainConfig:
     """Folder that runs are kept in."""
     name: str | None = None
     """Folder of this run in there. Unset: environment, algorithm, seed and time."""
-    algorithm: AlgorithmConfig = dataclasses.field(default_factory=ReinforceConfig)  # type: ignore[valid-type]
+    algorithm: AlgorithmConfig = dataclasses.field(default_factory=ReinforceConfig)
     """Settings of the algorithm."""
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from jaxpg.networks import Network
 from jaxpg.policies import Policy
 from jaxpg.train.config import TrainConfig
 from jaxpg.train.evaluate import make_evaluator, summarize
-from jaxpg.train.log import RunLog, read_metrics, read_rows
+from jaxpg.train.log import Row, RunLog, read_metrics, read_rows
 from jaxpg.train.program import MAX_UPDATES_PER_CALL, TrainState
 from jaxpg.train.progress import Glance, make_progress
 from jaxpg.train.provenance import describe, differences, write_json_atomically
@@ -33,7 +33,12 @@ from jaxpg.train.records import (
     find_non_finite,
     to_rows,
 )
-from jaxpg.train.render import plot_learning_curve
+from jaxpg.train.render import (
+    plot_learning_curve,
+    plot_sweep,
+    summarize_sweep,
+    write_sweep,
+)
 from jaxpg.train.run import (
     Run,
     create_run,
@@ -62,6 +67,8 @@ class RunResult(NamedTuple):
         metrics: its log, one array per column.
         evaluation: one summary per seed; empty if there was none.
         stopped_by: the signal that ended it early, or None.
+        sweep: medians and quartiles over seeds, one line per combination of swept
+            values; empty where nothing is swept.
     """
 
     folder: Path
@@ -69,6 +76,7 @@ class RunResult(NamedTuple):
     metrics: dict[str, np.ndarray]
     evaluation: list[dict[str, float]]
     stopped_by: int | None
+    sweep: list[dict[str, float | None]]
 
 
 def train(
@@ -189,14 +197,39 @@ def _loop(
 def _finish(run: Run, update: int, stopped_by: int | None, show: bool) -> RunResult:
     folder = run.folder
     rows = read_rows(folder)
-    if rows:
-        title = f"{run.env.name}, {run.config.algorithm_name}"
-        plot_learning_curve(rows, folder / "learning_curve.png", title)
+    if _learned(rows):
+        swept = [name for name, _ in run.config.sweep]
+        plot_learning_curve(rows, folder / "learning_curve.png", _title(run), by=swept)
     evaluation: list[dict[str, float]] = []
     if run.config.eval_episodes and stopped_by is None:
         evaluation = _evaluate_all_seeds(run)
         write_json_atomically(folder / "evaluation.json", _finite(evaluation))
-    return RunResult(folder, update, read_metrics(folder), evaluation, stopped_by)
+    sweep = _keep_sweep(run, rows, evaluation)
+    metrics = read_metrics(folder)
+    return RunResult(folder, update, metrics, evaluation, stopped_by, sweep)
+
+
+def _title(run: Run) -> str:
+    return f"{run.env.name}, {run.config.algorithm_name}"
+
+
+def _learned(rows: list[Row]) -> bool:
+    """Whether any episode has ended: in short segments of long ones none may have."""
+    return any(row["mean_return"] is not None for row in rows)
+
+
+def _keep_sweep(
+    run: Run, rows: list[Row], evaluation: list[dict[str, float]]
+) -> list[dict[str, float | None]]:
+    """The table of what was swept, kept in the folder with its picture."""
+    swept = [name for name, _ in run.config.sweep]
+    if not swept or not rows:
+        return []
+    table = summarize_sweep(rows, evaluation, swept)
+    write_sweep(table, run.folder)
+    if _learned(rows):
+        plot_sweep(rows, evaluation, swept, run.folder / "sweep.png", _title(run))
+    return table
 
 
 def _evaluate_all_seeds(run: Run) -> list[dict[str, float]]:

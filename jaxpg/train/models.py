@@ -1,5 +1,7 @@
 """Networks of a run, from its settings: the policy's, and the critic's of one shape."""
 
+from typing import Any
+
 from jaxpg.algos.registry import RECIPES
 from jaxpg.envs.base import Box, Environment
 from jaxpg.heads import (
@@ -63,7 +65,7 @@ def _network(
     settings: PolicyConfig, env: Environment, num_outputs: int, *, output_scale: float
 ) -> Network:
     space = env.observation_space
-    shared = {
+    shared: dict[str, Any] = {
         "hidden": settings.hidden,
         "activation": settings.activation,
         "output_scale": output_scale,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxpg.algos.base import Algorithm, Episodes, Info, Task, make_task
+from jaxpg.algos.base import Algorithm, Episodes, Info, Segments, Task, make_task
 from jaxpg.algos.registry import RECIPES
 from jaxpg.envs.base import Environment
 from jaxpg.networks import Network
@@ -217,8 +217,9 @@ class Collector(NamedTuple):
         slots = self.config.num_envs // self.placement.num_devices
 
         def on_one_device(shared: Any, ids: Array) -> Trajectory:
+            params, key = shared
             return rollout_episodes(
-                self.env, self.algorithm.actor, *shared, ids, num_slots=slots
+                self.env, self.algorithm.actor, params, key, ids, num_slots=slots
             )
 
         ids = jnp.arange(_num_episodes(self.config, self.algorithm), dtype=jnp.int32)
@@ -227,11 +228,13 @@ class Collector(NamedTuple):
     def _segments(
         self, params: Any, key: PRNGKey, rollout: Any
     ) -> tuple[Trajectory, RolloutState]:
-        num_steps = self.algorithm.collects.num_steps
+        collects = self.algorithm.collects
+        assert isinstance(collects, Segments)
 
         def on_one_device(shared: Any, rollout: RolloutState) -> Any:
+            params, key = shared
             return rollout_segments(
-                self.env, self.algorithm.actor, *shared, rollout, num_steps
+                self.env, self.algorithm.actor, params, key, rollout, collects.num_steps
             )
 
         return self.placement.map_rows(on_one_device, (params, key), rollout)
@@ -241,10 +244,18 @@ def observe_batch(state: Any, trajectories: Trajectory) -> Any:
     """Let running statistics of observations, where there are any, take in a batch.
 
     They are part of the parameters of policy and critic, and are frozen while a batch
-    is collected and learned from, so that both see the same numbers.
+    is collected and learned from, so that both see the same numbers. An older self
+    that collects keeps its own, until it is renewed.
     """
     seen = trajectories.obs, trajectories.mask
     state = state._replace(params=observe_in(state.params, *seen))
+    lagged = getattr(state, "behaviour", None)
+    if lagged is not None:
+        now = observe_in(lagged.params, *seen)
+        renewed = jax.tree.map(
+            lambda x, y: jnp.where(lagged.age == 0, x, y), now, lagged.params
+        )
+        state = state._replace(behaviour=lagged._replace(params=renewed))
     critic = getattr(state, "critic", None)
     if critic is None:
         return state
@@ -259,7 +270,8 @@ def _algorithm(config: TrainConfig, task: Task, chosen: dict[str, Array]) -> Alg
 
 
 def _num_episodes(config: TrainConfig, algorithm: Algorithm) -> int:
-    return config.num_envs * algorithm.collects.per_env  # type: ignore[union-attr]
+    assert isinstance(algorithm.collects, Episodes)
+    return config.num_envs * algorithm.collects.per_env
 
 
 def _check_enough(config: TrainConfig, algorithm: Algorithm) -> None:
@@ -267,10 +279,12 @@ def _check_enough(config: TrainConfig, algorithm: Algorithm) -> None:
         return
     num_episodes = _num_episodes(config, algorithm)
     if num_episodes < algorithm.min_trajectories:
+        baseline = getattr(config.algorithm, "baseline", None)
+        who = config.algorithm_name if baseline is None else f"baseline {baseline!r}"
         raise ValueError(
-            f"num_envs * episodes_per_env is {num_episodes}, but baseline "
-            f"{config.algorithm.baseline!r} needs at least "
-            f"{algorithm.min_trajectories} episodes; take more, or baseline 'none'"
+            f"num_envs * episodes_per_env is {num_episodes}, but {who} needs at least "
+            f"{algorithm.min_trajectories} episodes; take more"
+            + ("" if baseline is None else ", or baseline 'none'")
         )
 
 

@@ -89,5 +89,5 @@ def find_non_finite(run: Run, columns: Columns, update: int) -> str | None:
 
 
 def _spoken(member: dict[str, float]) -> str:
-    """A member's seed and what it has of a sweep, such as "seed 3, learning_rate 0.1"."""
+    """A member's seed and swept values, such as "seed 3, learning_rate 0.1"."""
     return ", ".join(f"{name} {value:g}" for name, value in member.items())
