@@ -190,7 +190,7 @@ def methods() -> str:
 def learning() -> str:
     stored = timing.load("learning-cpu")
     lines = [
-        "| world | algorithm | steps a seed | drawn, median (range) of 5 seeds | greedy "
+        "| world | algorithm | steps a seed | drawn: median (range) of seeds | greedy "
         "| Gymnasium | untrained | bar | met |",
         "|---|---|---|---|---|---|---|---|---|",
     ]

@@ -93,6 +93,9 @@ class Task(NamedTuple):
             several devices.
         map_rows: how work on each row for itself is done; likewise.
         env_name: how errors call the world.
+        num_rows: rows of a batch of segments, where they are known beforehand: settings
+            that do not fit them are then refused before anything runs.
+        num_devices: how many devices share them.
     """
 
     policy: Policy
@@ -104,6 +107,8 @@ class Task(NamedTuple):
     sum_over_rows: SumOverRows = sum_over_chunks
     map_rows: MapRows = map_plainly
     env_name: str = "the environment"
+    num_rows: int | None = None
+    num_devices: int = 1
 
 
 class Algorithm(NamedTuple):

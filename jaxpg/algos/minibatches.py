@@ -19,11 +19,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxpg._checks import check_positive
+from jaxpg.algos.base import Task
 from jaxpg.gradients import MapRows, map_plainly
 from jaxpg.types import PRNGKey, PyTree
 
 __all__ = [
     "Cut",
+    "check_minibatches",
     "over_minibatches",
     "plan_minibatches",
     "shuffle_into_minibatches",
@@ -95,6 +97,32 @@ def plan_minibatches(
     piece = next(n for n in _divisors(num_steps, MAX_PIECE) if fits(n))
     groups = _num_groups(num_rows, num_steps // piece, num_minibatches)
     return Cut(num_minibatches, groups, piece)
+
+
+def check_minibatches(
+    task: Task, num_steps: int, num_minibatches: int, *, cut_rows: bool
+) -> None:
+    """Refuse, before anything runs, minibatches that do not fit a task's rows.
+
+    Args:
+        task: whose rows and devices are looked at, where they are known.
+        num_steps: decisions of a row.
+        num_minibatches: minibatches of an epoch.
+        cut_rows: whether a row may be cut in time (a memoryless policy).
+
+    Raises:
+        ValueError: if the minibatches do not divide the batch, or the devices cannot
+            share its groups of rows.
+    """
+    if task.num_rows is None:
+        return
+    cut = plan_minibatches(task.num_rows, num_steps, num_minibatches, cut_rows=cut_rows)
+    if cut.num_groups % task.num_devices:
+        raise ValueError(
+            f"num_devices is {task.num_devices}, needs a divisor of {cut.num_groups}, "
+            f"the groups that {task.num_rows} environments are shuffled in for "
+            f"{num_minibatches} minibatches; a power of two of environments always fits"
+        )
 
 
 def shuffle_into_minibatches(

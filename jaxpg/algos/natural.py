@@ -235,12 +235,7 @@ def enac(config: ENACConfig, task: Task) -> Algorithm:
         key: PRNGKey, state: AlgorithmState, trajectories: Trajectory
     ) -> tuple[AlgorithmState, Info]:
         del key  # the whole batch makes one regression: nothing is drawn
-        num_rows, length = trajectories.mask.shape
-        single = trajectories
-        if length > max_steps:
-            single = split_episodes(
-                trajectories, num_rows * (length // max_steps), max_steps
-            )
+        single = _single_episodes(task, trajectories, max_steps)
         found = _regression(config, task, state.params, single)
         params, opt_state = ascend(
             optimizer,
@@ -266,6 +261,20 @@ def enac(config: ENACConfig, task: Task) -> Algorithm:
         lambda state: state.params,
         min_trajectories=2,
     )
+
+
+def _single_episodes(
+    task: Task, trajectories: Trajectory, max_steps: int
+) -> Trajectory:
+    """One episode per row, each device splitting its own rows."""
+    if trajectories.mask.shape[1] <= max_steps:
+        return trajectories
+
+    def split(_: Any, rows: Trajectory) -> Trajectory:
+        num_rows, length = rows.mask.shape
+        return split_episodes(rows, num_rows * (length // max_steps), max_steps)
+
+    return task.map_rows(split, (), trajectories)
 
 
 def _regression(

@@ -36,7 +36,11 @@ from jaxpg.algos.measures import (
     count_non_finite_decisions,
     explained_variance,
 )
-from jaxpg.algos.minibatches import over_minibatches, plan_minibatches
+from jaxpg.algos.minibatches import (
+    check_minibatches,
+    over_minibatches,
+    plan_minibatches,
+)
 from jaxpg.algos.segments import (
     Advantages,
     acting_params,
@@ -173,11 +177,14 @@ def ppo(config: PPOConfig, task: Task) -> Algorithm:
     Raises:
         ValueError: if there is no critic, if the learning rate is to be annealed over a
             run of unknown length, if the world cannot tell time limits from true ends
-            and bootstrapping is asked for, or, in the first update, if minibatches do
-            not divide the batch.
+            and bootstrapping is asked for, or if minibatches do not divide the batch
+            (in the first update, where the task does not say how many rows it has).
     """
     check_segments(config, task)
     critic = needed_critic(task)
+    check_minibatches(
+        task, config.num_steps, config.num_minibatches, cut_rows=rows_cut(task)
+    )
     optimizer, critic_optimizer = _optimizers(config, task)
 
     def init(key: PRNGKey, obs: PyTree) -> PPOState:

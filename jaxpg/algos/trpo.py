@@ -35,6 +35,7 @@ from jaxpg.algos.measures import (
     mean_kl,
     mean_surrogate,
 )
+from jaxpg.algos.minibatches import check_minibatches
 from jaxpg.algos.segments import (
     acting_params,
     advantages_of,
@@ -42,6 +43,7 @@ from jaxpg.algos.segments import (
     fit_critic,
     needed_critic,
     policy_gradient,
+    rows_cut,
 )
 from jaxpg.critics import (
     CriticState,
@@ -140,11 +142,15 @@ def trpo(config: TRPOConfig, task: Task) -> Algorithm:
         An algorithm whose `update` takes segments with `next_obs`.
 
     Raises:
-        ValueError: if there is no critic, or if the world cannot tell time limits from
-            true ends and bootstrapping is asked for.
+        ValueError: if there is no critic, if the world cannot tell time limits from
+            true ends and bootstrapping is asked for, or if minibatches do not divide
+            the batch.
     """
     check_segments(config, task)
     critic = needed_critic(task)
+    check_minibatches(
+        task, config.num_steps, config.critic_minibatches, cut_rows=rows_cut(task)
+    )
     optimizer = optax.chain(
         natural_gradient(num_iterations=config.cg_iterations, damping=config.damping),
         trust_region(

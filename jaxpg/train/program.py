@@ -105,6 +105,8 @@ def build_program(
         num_updates=config.num_updates,
         sum_over_rows=placement.sum_over_rows,
         map_rows=placement.map_rows,
+        num_rows=config.num_envs,
+        num_devices=placement.num_devices,
     )
     _check_enough(config, _algorithm(config, task, {}))
     swept = {name: jnp.asarray(x) for name, x in config.swept_values().items()}
