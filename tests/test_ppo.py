@@ -117,7 +117,8 @@ def updater(config, names=(), num_devices=1):
 
     def call(state, rows, **values):
         assert tuple(values) == names
-        return update(values, key(), state, rows)
+        state, info = update(values, key(), state, rows)
+        return state, {name: np.asarray(x) for name, x in info.items()}
 
     return call
 

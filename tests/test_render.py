@@ -181,7 +181,7 @@ def test_pyplot_is_never_imported(tmp_path):
 
 
 def make_sweep(returns, name="learning_rate"):
-    """From {value: returns[seed][update - 1]} the rows, and an evaluation of twice it."""
+    """From {value: returns[seed][update - 1]} rows, and an evaluation of twice that."""
     rows, evaluation = [], []
     for value, lines_of_value in returns.items():
         values = dict(zip(name.split(","), np.atleast_1d(value).tolist(), strict=True))

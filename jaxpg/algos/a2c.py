@@ -46,7 +46,6 @@ from jaxpg.critics import (
     init_critic,
     policy_rows,
 )
-from jaxpg.trust_region import scale_by_kl
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = ["A2CConfig", "A2CState", "a2c"]
@@ -87,8 +86,6 @@ class A2CConfig:
         check_steps(self)
         check_positive("critic_epochs", self.critic_epochs)
         check_range("entropy_coefficient", self.entropy_coefficient, 0.0)
-        if self.adapt_to_kl is not None:
-            check_range("adapt_to_kl", self.adapt_to_kl, 0.0, open_low=True)
 
 
 class A2CState(NamedTuple):
@@ -128,7 +125,7 @@ def a2c(config: A2CConfig, task: Task) -> Algorithm:
         config.learning_rate,
         max_grad_norm=config.max_grad_norm,
         anneal_over=task.num_updates if config.anneal else None,
-        adjust=None if config.adapt_to_kl is None else scale_by_kl(config.adapt_to_kl),
+        adapt_to_kl=config.adapt_to_kl,
     )
     critic_optimizer = make_optimizer(
         config.critic_learning_rate, max_grad_norm=config.max_grad_norm

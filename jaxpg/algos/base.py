@@ -24,6 +24,7 @@ from jaxpg.envs.base import Environment, Space
 from jaxpg.gradients import MapRows, SumOverRows, map_plainly, sum_over_chunks
 from jaxpg.networks import Network
 from jaxpg.policies import Policy
+from jaxpg.trust_region import scale_by_kl
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = [
@@ -52,11 +53,14 @@ class AlgorithmState(NamedTuple):
         params: the policy's parameters.
         opt_state: the Optax optimiser's state.
         baseline_state: what the baseline has learned; () where it learns nothing.
+        kl: KL that the last update made, in nats, where the rate adapts to it; 0 before
+            the first one, () where nothing adapts.
     """
 
     params: Params
     opt_state: PyTree
     baseline_state: PyTree
+    kl: Array | tuple[()] = ()
 
 
 class Episodes(NamedTuple):
@@ -223,7 +227,12 @@ def check_steps(config: Any) -> None:
     Raises:
         ValueError: naming the setting that is out of its range.
     """
-    for name in ("learning_rate", "critic_learning_rate", "max_grad_norm"):
+    for name in (
+        "learning_rate",
+        "critic_learning_rate",
+        "max_grad_norm",
+        "adapt_to_kl",
+    ):
         if getattr(config, name, None) is not None:
             check_range(name, getattr(config, name), 0.0, open_low=True)
     for name in ("num_steps", "episodes_per_env", "num_epochs", "chunk_size"):
@@ -239,7 +248,7 @@ def make_optimizer(
     *,
     max_grad_norm: float | None = None,
     anneal_over: int | None = None,
-    adjust: optax.GradientTransformationExtraArgs | None = None,
+    adapt_to_kl: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam after clipping of the global norm.
 
@@ -247,7 +256,8 @@ def make_optimizer(
         learning_rate: step size.
         max_grad_norm: the gradient is scaled down to this global norm; None leaves it.
         anneal_over: steps over which the rate falls linearly to zero; None keeps it.
-        adjust: a further factor on the step, such as `scale_by_kl`.
+        adapt_to_kl: let the rate follow the KL of updates, to stay at this, in nats;
+            `update` then needs `kl`.
 
     Returns:
         An Optax transformation with extra arguments.
@@ -256,8 +266,8 @@ def make_optimizer(
     if max_grad_norm is not None:
         parts.append(optax.clip_by_global_norm(max_grad_norm))
     parts.append(optax.scale_by_adam())
-    if adjust is not None:
-        parts.append(adjust)
+    if adapt_to_kl is not None:
+        parts.append(scale_by_kl(adapt_to_kl))
     if anneal_over is None:
         parts.append(optax.scale_by_learning_rate(learning_rate))
     else:

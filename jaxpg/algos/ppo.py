@@ -61,7 +61,6 @@ from jaxpg.critics import (
 from jaxpg.distributions import entropy_of
 from jaxpg.gradients import Chunks
 from jaxpg.proximal import clipped_terms, kl_penalty_terms
-from jaxpg.trust_region import scale_by_kl
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = ["PPOConfig", "PPOState", "ppo"]
@@ -293,10 +292,12 @@ def _optimizers(config: PPOConfig, task: Task) -> tuple[Any, Any]:
     if config.anneal and task.num_updates is not None:
         steps = task.num_updates * config.num_epochs * config.num_minibatches
     norm = config.max_grad_norm
-    adjust = None if config.adapt_to_kl is None else scale_by_kl(config.adapt_to_kl)
     return (
         make_optimizer(
-            config.learning_rate, max_grad_norm=norm, anneal_over=steps, adjust=adjust
+            config.learning_rate,
+            max_grad_norm=norm,
+            anneal_over=steps,
+            adapt_to_kl=config.adapt_to_kl,
         ),
         make_optimizer(
             config.critic_learning_rate, max_grad_norm=norm, anneal_over=steps

@@ -26,7 +26,11 @@ from jaxpg.algos.base import (
     make_optimizer,
     needed_max_steps,
 )
-from jaxpg.algos.measures import count_non_finite, count_non_finite_decisions
+from jaxpg.algos.measures import (
+    count_non_finite,
+    count_non_finite_decisions,
+    mean_kl,
+)
 from jaxpg.baselines import Baseline
 from jaxpg.credit import CreditConfig, CreditName, credit_of
 from jaxpg.episodes import split_episodes
@@ -73,6 +77,8 @@ class ReinforceConfig:
     mean: biased, popular."""
     learning_rate: float = 0.01
     """Step size of Adam."""
+    adapt_to_kl: float | None = None
+    """Let the rate follow the KL that the last update made, to stay near this."""
     anneal: bool = False
     """Let the learning rate fall linearly to zero over the run."""
     max_grad_norm: float | None = None
@@ -175,6 +181,7 @@ def reinforce(
         config.learning_rate,
         max_grad_norm=config.max_grad_norm,
         anneal_over=task.num_updates if config.anneal else None,
+        adapt_to_kl=config.adapt_to_kl,
     )
     check_anneal(config, task)
 
@@ -182,7 +189,10 @@ def reinforce(
         key_policy, key_baseline = jax.random.split(key)
         params = task.policy.init(key_policy, obs)
         return AlgorithmState(
-            params, optimizer.init(params), estimator.baseline.init(key_baseline, obs)
+            params,
+            optimizer.init(params),
+            estimator.baseline.init(key_baseline, obs),
+            () if config.adapt_to_kl is None else jnp.zeros((), float),
         )
 
     def update(
@@ -198,7 +208,9 @@ def reinforce(
             chunk_size=config.chunk_size,
             sum_over_rows=task.sum_over_rows,
         )
-        params, opt_state = ascend(optimizer, gradient, state.opt_state, state.params)
+        params, opt_state = ascend(
+            optimizer, gradient, state.opt_state, state.params, kl=state.kl
+        )
         baseline_state, baseline_info = estimator.baseline.fit(
             state.baseline_state,
             trajectories,
@@ -212,7 +224,12 @@ def reinforce(
             "non_finite_params": count_non_finite(params),
             **baseline_info,
         }
-        return AlgorithmState(params, opt_state, baseline_state), info
+        kl = state.kl
+        if config.adapt_to_kl is not None:
+            kl = info["kl"] = mean_kl(
+                task, state.params, params, trajectories, chunk_size=config.chunk_size
+            )
+        return AlgorithmState(params, opt_state, baseline_state, kl), info
 
     return Algorithm(
         init,
