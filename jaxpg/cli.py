@@ -17,6 +17,7 @@ import tyro
 
 from jaxpg._checks import check_choice, check_positive
 from jaxpg._version import __version__
+from jaxpg.algos.registry import RECIPES
 from jaxpg.train.config import ALGORITHMS, TrainConfig
 from jaxpg.train.tuned import tuned
 
@@ -148,8 +149,10 @@ def _parse_train(algorithm: str, words: list[str]) -> TrainOptions:
 
     # The run's own settings as defaults: what then differs was asked for by name.
     stored, _ = read_config(options.resume)
-    options = _parse(TrainOptions, words, program, TrainOptions(config=stored))
-    options = _with_sweep(options, sweep)
+    # But for its sweep: tyro cannot have several settings' values for a default.
+    default = dataclasses.replace(stored, sweep=())
+    options = _parse(TrainOptions, words, program, TrainOptions(config=default))
+    options = _with_sweep(options, sweep or stored.sweep)
     length = options.config.num_updates
     if options.config != dataclasses.replace(stored, num_updates=length):
         changed = ", ".join(_differences(stored, options.config))
@@ -338,8 +341,8 @@ def _list(words: list[str]) -> int:
         return 0
     what = words[0] if len(words) == 1 else ""
     if what == "algorithms":
-        for name, settings in ALGORITHMS.items():
-            print(f"{name:<12} {(settings.__doc__ or '').splitlines()[0]}")
+        for name, recipe in RECIPES.items():
+            print(f"{name:<12} {recipe.summary}")
         return 0
     if what == "envs":
         from jaxpg import envs

@@ -1,7 +1,7 @@
 """A batch that is its own expectation: each path of the mine as often as it happens.
 
 Under even actions every path of the mine has a probability of k / 64, so 64 rows hold
-all of them in proportion, and a mean over them is exact.
+all of them in proportion, and a mean over them is exact. In float64 throughout.
 """
 
 import jax
@@ -12,9 +12,10 @@ from jaxpg import exact
 from jaxpg.envs.tabular import canonical_mdp, tabular_environment
 from jaxpg.policies import tabular_policy
 
-MDP = canonical_mdp()
-ENV = tabular_environment(MDP)
-POLICY = tabular_policy(ENV.observation_space, ENV.action_space)
+with jax.enable_x64(True):
+    MDP = canonical_mdp()
+    ENV = tabular_environment(MDP)
+    POLICY = tabular_policy(ENV.observation_space, ENV.action_space)
 NUM_PATHS = 64
 
 

@@ -137,7 +137,7 @@ def test_advantages_see_the_critic_of_before(known):
 
 def test_the_rate_follows_the_kl_of_the_last_step(known):
     """The state keeps the KL that a step made; the next one is scaled by it."""
-    task, state, rows, _ = known
+    task, _, rows, _ = known
     algorithm = a2c(change(CONFIG, adapt_to_kl=1e-6), task)
     update = jax.jit(algorithm.update)
     fresh = algorithm.init(jax.random.key(0), jnp.int32(0))
@@ -200,5 +200,5 @@ def test_what_the_task_lacks_is_refused():
         a2c(A2CConfig(), make_task(env, policy))
     critic = mlp_network(env.observation_space, 1)
     blind = make_task(endless_reward(), policy, critic=critic, tells_truncation=False)
-    with pytest.raises(ValueError, match="^bootstrap_truncated is set"):
+    with pytest.raises(ValueError, match=r"^bootstrap_truncated is set"):
         a2c(A2CConfig(), blind)

@@ -324,7 +324,7 @@ def test_a_sweep(call, tmp_path, monkeypatch):
     assert code == 0 and err == "" and "(continued from update 3)" in out
     assert read_config(tmp_path / "r")[0].members() == members
     code, out, _ = call("eval", tmp_path / "r", "--episodes", "5", *again[-1:])
-    assert code == 0 and "learning rate" in out and "0.25" in out
+    assert code == 0 and "learning" in out and "0.50" in out and "0.25" in out
 
 
 def test_resume_for_longer(call, trained, tmp_path):

@@ -119,16 +119,14 @@ def test_values_are_in_units_of_the_return():
 @pytest.mark.parametrize("at_once", [1, 2, 3, 5])
 def test_rows_at_once_changes_nothing(at_once):
     values = jax.jit(
-        functools.partial(
-            values_of, IDENTITY, state_of(IDENTITY), rows_at_once=at_once
-        )
+        functools.partial(values_of, IDENTITY, state_of(IDENTITY), rows_at_once=at_once)
     )(BY_HAND)
     np.testing.assert_array_equal(values.values, VALUES_BY_HAND)
     np.testing.assert_array_equal(values.next_values, NEXT_BY_HAND)
 
 
 def test_values_need_the_next_observations():
-    with pytest.raises(ValueError, match="^rows have no next_obs, .*keep_next_obs"):
+    with pytest.raises(ValueError, match=r"^rows have no next_obs, .*keep_next_obs"):
         values_of(IDENTITY, state_of(IDENTITY), BY_HAND._replace(next_obs=None))
 
 
@@ -188,7 +186,12 @@ def random_rows(num_rows=8, num_steps=6, seed=0):
         time[:, t] = np.where(ends[:, t - 1], 0, time[:, t - 1] + 1)
     mask = np.arange(num_steps) < rng.integers(3, num_steps + 3, (num_rows, 1))
     rows = rows_of(
-        rng.normal(size=shape), rng.normal(size=shape), terminated, truncated, mask, time
+        rng.normal(size=shape),
+        rng.normal(size=shape),
+        terminated,
+        truncated,
+        mask,
+        time,
     )
     return rows._replace(carry=jnp.asarray(rng.normal(size=(num_rows, 4)), float))
 
@@ -270,9 +273,7 @@ def test_loss_by_hand():
 def test_loss_before_anything_varied_wants_zero():
     zero = jnp.zeros(())
     known = TargetStatistics(zero, zero, zero)
-    loss = critic_terms(
-        IDENTITY, jnp.ones(1), known, BY_HAND, jnp.full((5, 4), 7.0)
-    )
+    loss = critic_terms(IDENTITY, jnp.ones(1), known, BY_HAND, jnp.full((5, 4), 7.0))
     # Of o^2 / 2: four rows of (1 + 4 + 9 + 16) / 2 and one of (1 + 4) / 2.
     np.testing.assert_allclose(loss, 4 * 15.0 + 2.5, rtol=1e-6)
 
@@ -301,7 +302,9 @@ def test_clipped_loss_by_hand():
 def test_statistics_of_targets_by_hand():
     state = init_critic(IDENTITY, optax.sgd(0.1), KEY, jnp.zeros(1))
     mask = flags([1, 1, 0], [1, 1, 0])
-    first = follow_targets(state, jnp.array([[1.0, 3.0, jnp.nan], [5.0, 7.0, 9e9]]), mask)
+    first = follow_targets(
+        state, jnp.array([[1.0, 3.0, jnp.nan], [5.0, 7.0, 9e9]]), mask
+    )
     # Mean 4, variance 5: whole at first, whatever is kept.
     np.testing.assert_allclose(first.targets[1:], [4.0, 5.0], rtol=1e-5)
     second = follow_targets(first, jnp.full((2, 3), 14.0), mask)
@@ -351,5 +354,7 @@ def test_the_actor_carries_the_critics_memory():
     np.testing.assert_array_equal(
         critic_rows(GRU, second).carry, second.carry["critic"]
     )
-    log_probs = jax.vmap(actor.unroll, (None, 0))(params, second).log_prob(second.action)
+    log_probs = jax.vmap(actor.unroll, (None, 0))(params, second).log_prob(
+        second.action
+    )
     np.testing.assert_allclose(log_probs, second.log_prob, rtol=1e-5)

@@ -98,9 +98,7 @@ def test_a_step_by_kl_makes_that_kl(config, max_kl):
 def test_npg_by_kl_is_per_decision():
     """Damping is then in units of a mean over decisions, as TRPO's."""
     length = float(jnp.sum(exact.occupancies(MDP, POLICY, even_params())))
-    expected = exact.natural_gradient(
-        MDP, POLICY, even_params(), damping=0.05 * length
-    )
+    expected = exact.natural_gradient(MDP, POLICY, even_params(), damping=0.05 * length)
     found, _ = updater(change(NPG, max_kl=1e-3, damping=0.05))(whole_episodes())
     direction = flat(expected) / np.linalg.norm(flat(expected))
     np.testing.assert_allclose(found / np.linalg.norm(found), direction, rtol=1e-6)
@@ -121,7 +119,8 @@ def test_numbers_that_are_none_are_counted():
     spoilt = rows._replace(reward=rows.reward.at[0, 0].set(jnp.nan))
     for config in (NPG, ENAC):
         _, info = updater(config)(spoilt)
-        assert info["non_finite_batch"] == 1 and info["non_finite_params"] > 0
+        assert info["non_finite_batch"] == 1
+        assert info["non_finite_gradient"] > 0 or config is ENAC
 
 
 @pytest.mark.parametrize("kind", [NPGConfig, ENACConfig])
@@ -144,5 +143,5 @@ def test_wrong_settings_are_refused(kind, settings, sentence, monkeypatch):
 
 @pytest.mark.parametrize("config", [NPG, ENAC], ids=["npg", "enac"])
 def test_episodes_without_a_bound_are_refused(config):
-    with pytest.raises(ValueError, match="^the environment has no time limit"):
+    with pytest.raises(ValueError, match="has no time limit, so whole episodes may"):
         MAKERS[type(config)](config, TASK._replace(max_steps=None))

@@ -93,7 +93,7 @@ def test_the_first_step_on_policy_is_reinforces(settings):
 
 
 def plain_first_order(params, rows):
-    """The gradient of 1/N sum rho G: of the ratio itself, whose slope is rho grad log pi."""
+    """The gradient of 1/N sum rho G, for the slope of rho is rho grad log pi."""
     rewards = jnp.where(rows.mask, rows.reward, 0.0)
     to_go = jnp.cumsum(rewards[:, ::-1], axis=1)[:, ::-1]
 
@@ -291,7 +291,7 @@ def test_wrong_settings_are_refused(settings, sentence, monkeypatch):
 
 
 def test_what_the_task_lacks_is_refused():
-    with pytest.raises(ValueError, match="^the environment has no time limit"):
+    with pytest.raises(ValueError, match="has no time limit, so whole episodes may"):
         off_policy(BASE, TASK._replace(max_steps=None))
-    with pytest.raises(ValueError, match="^anneal is set, but num_updates is None"):
+    with pytest.raises(ValueError, match=r"^anneal is set, but num_updates is None"):
         off_policy(change(BASE, anneal=True), TASK)

@@ -79,7 +79,9 @@ def rows_of(seed=0, num_rows=8, num_steps=6):
 @functools.cache
 def first_params():
     params = jax.jit(POLICY.init)(jax.random.key(1), jnp.zeros(1))
-    return jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), params)
+    return jax.tree.map(
+        lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), params
+    )
 
 
 def log_softmax_of(params, rows):
@@ -303,9 +305,7 @@ def test_an_early_stop_leaves_everything_where_it_was():
     config = change(BASE, num_epochs=4)
     state, info = update(config, stop_at_kl=1e-6)
     # The first step sees a KL of 0 and is made; the second sees more and stops.
-    np.testing.assert_allclose(
-        steps_of(state.params, once.params), 0.0, atol=1e-12
-    )
+    np.testing.assert_allclose(steps_of(state.params, once.params), 0.0, atol=1e-12)
     np.testing.assert_allclose(
         steps_of(state.critic.params, once.critic.params), 0.0, atol=1e-12
     )
@@ -418,9 +418,7 @@ def several():
         return config, run, run(config)
 
 
-@pytest.mark.parametrize(
-    ("chunk_size", "num_devices"), [(3, 1), (None, 8), (2, 8)]
-)
+@pytest.mark.parametrize(("chunk_size", "num_devices"), [(3, 1), (None, 8), (2, 8)])
 def test_chunks_and_devices_change_nothing(several, chunk_size, num_devices):
     config, run, expected = several
     found = run(change(config, chunk_size=chunk_size), num_devices)
@@ -466,5 +464,5 @@ def test_wrong_settings_are_refused(settings, sentence, monkeypatch):
 
 
 def test_minibatches_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="^num_minibatches is 5, needs a divisor of"):
+    with pytest.raises(ValueError, match=r"^num_minibatches is 5, needs a divisor of"):
         update(change(BASE, num_minibatches=5))

@@ -86,7 +86,7 @@ def rows_of(seed=0, num_rows=6, num_steps=7, num_actions=3):
 
 
 def by_loop(config, rows, value):
-    """GAE in one loop over decisions, from the definition; `next_obs` is always kept."""
+    """GAE in one loop over decisions, from the definition, with every `next_obs`."""
     rows = jax.tree.map(np.asarray, rows)
     shape = rows.mask.shape
     advantages = np.zeros(shape)
@@ -287,18 +287,18 @@ def test_without_bootstrap_truncated_decisions_count_as_terminated():
 
 
 def test_a_missing_critic_is_refused():
-    with pytest.raises(ValueError, match="^task.critic is None, .* mlp_network"):
+    with pytest.raises(ValueError, match=r"^task.critic is None, .* mlp_network"):
         check_segments(A2CConfig(), TASK._replace(critic=None))
 
 
 def test_bootstrapping_what_cannot_be_told_is_refused():
     blind = TASK._replace(tells_truncation=False)
-    with pytest.raises(ValueError, match="^bootstrap_truncated is set, but the env"):
+    with pytest.raises(ValueError, match=r"^bootstrap_truncated is set, but the env"):
         check_segments(A2CConfig(), blind)
     check_segments(A2CConfig(bootstrap_truncated=False), blind)
 
 
 def test_annealing_over_a_run_of_unknown_length_is_refused():
-    with pytest.raises(ValueError, match="^anneal is set, but num_updates is None"):
+    with pytest.raises(ValueError, match=r"^anneal is set, but num_updates is None"):
         check_segments(A2CConfig(anneal=True), TASK)
     check_segments(A2CConfig(anneal=True), TASK._replace(num_updates=3))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from jaxpg.algos.natural import ENACConfig
 from jaxpg.algos.ppo import PPOConfig
 from jaxpg.algos.reinforce import ReinforceConfig
 from jaxpg.algos.vtrace import VTraceConfig
@@ -658,6 +659,14 @@ def test_leaving_one_out_needs_two_episodes(tmp_path):
     algorithm = ReinforceConfig(episodes_per_env=1, baseline="leave-one-out")
     config = tiny(tmp_path, num_envs=1, algorithm=algorithm)
     with pytest.raises(ValueError, match=r"is 1, but baseline 'leave-one-out' needs"):
+        train(config, show=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_regression_needs_two_episodes(tmp_path):
+    algorithm = ENACConfig(episodes_per_env=1)
+    config = tiny(tmp_path, num_envs=1, algorithm=algorithm)
+    with pytest.raises(ValueError, match=r"is 1, but enac needs at least 2 episodes"):
         train(config, show=False)
     assert not (tmp_path / "run").exists()
 

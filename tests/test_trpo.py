@@ -85,7 +85,7 @@ def test_the_step_is_the_exact_one(max_kl):
     config = change(EXACT, max_kl=max_kl)
     rows = every_path()
     after, info = updater(config)(first_state(config), rows)
-    full, unravel = exact_step(max_kl, config.damping), None
+    full = exact_step(max_kl, config.damping)
     _, unravel = jax.flatten_util.ravel_pytree(even_params())
     old, fraction, rejected = even_params(), 1.0, 0
     before = surrogate_of(old, rows, rewards_to_go(rows))
@@ -96,7 +96,9 @@ def test_the_step_is_the_exact_one(max_kl):
         if kl <= max_kl and gain > 0:
             break
         fraction, rejected = fraction * config.shrink, rejected + 1
-    np.testing.assert_allclose(flat(after.params), fraction * full, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        flat(after.params), fraction * full, rtol=1e-6, atol=1e-9
+    )
     np.testing.assert_allclose(info["step_fraction"], fraction, rtol=1e-9)
     assert info["rejected_steps"] == rejected and not info["no_step_found"]
     np.testing.assert_allclose(info["kl"], kl, rtol=1e-9)
@@ -135,7 +137,12 @@ def test_no_step_of_this_kl_climbs_higher():
 @pytest.mark.parametrize("every", [1, 2])
 def test_the_kl_of_the_whole_batch_is_within_bounds(every):
     config = change(
-        EXACT, max_kl=0.3, fisher_every=every, lambda_=0.9, standardize=True, damping=1e-3
+        EXACT,
+        max_kl=0.3,
+        fisher_every=every,
+        lambda_=0.9,
+        standardize=True,
+        damping=1e-3,
     )
     params = {"network": jnp.asarray(np.random.default_rng(1).normal(size=(3, 2)))}
     params = {**even_params(), **params}
@@ -191,9 +198,11 @@ def test_a_kl_of_zero_is_refused(monkeypatch):
     from jaxtyping import config
 
     monkeypatch.setattr(config, "jaxtyping_disable", True)
-    with pytest.raises(ValueError, match="^max_kl is 0.0, needs .*no step has a KL of"):
+    with pytest.raises(
+        ValueError, match=r"^max_kl is 0.0, needs .*no step has a KL of"
+    ):
         TRPOConfig(max_kl=0.0)
-    with pytest.raises(ValueError, match="^fisher_every is 0, needs a whole number"):
+    with pytest.raises(ValueError, match=r"^fisher_every is 0, needs a whole number"):
         TRPOConfig(fisher_every=0)
-    with pytest.raises(ValueError, match="^damping is -1.0, needs"):
+    with pytest.raises(ValueError, match=r"^damping is -1.0, needs"):
         TRPOConfig(damping=-1.0)

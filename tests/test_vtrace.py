@@ -19,7 +19,8 @@ from jaxpg.rollout import rollout_segments, start_segments
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-ENV = tabular_environment(random_mdp(1, num_states=3, horizon=4))
+with jax.enable_x64(True):
+    ENV = tabular_environment(random_mdp(1, num_states=3, horizon=2))
 POLICY = tabular_policy(ENV.observation_space, ENV.action_space)
 CRITIC = mlp_network(ENV.observation_space, 1, hidden=(), output_scale=1.0)
 TASK = make_task(ENV, POLICY, critic=CRITIC, num_updates=2)
@@ -154,7 +155,10 @@ def test_an_update_is_its_parts(known):
     np.testing.assert_allclose(info["critic_loss"], now, rtol=1e-8)
     moments = [adam_of(x.critic).mu for x in (after, state)]
     np.testing.assert_allclose(
-        10.0 * flat(moments[0]) - 9.0 * flat(moments[1]), flat(slope), rtol=1e-7, atol=1e-9
+        10.0 * flat(moments[0]) - 9.0 * flat(moments[1]),
+        flat(slope),
+        rtol=1e-7,
+        atol=1e-9,
     )
 
 
@@ -168,9 +172,10 @@ def test_on_policy_it_is_the_n_step_advantage(known):
     _, _, values, _ = plain_vtrace(config, state, rows)
     known_targets = state.critic.targets
     outputs = jax.vmap(jax.vmap(lambda o: CRITIC.step(state.critic.params, None, o)[0]))
-    later = known_targets.mean + jnp.sqrt(known_targets.variance) * outputs(
-        rows.next_obs
-    )[..., 0]
+    later = (
+        known_targets.mean
+        + jnp.sqrt(known_targets.variance) * outputs(rows.next_obs)[..., 0]
+    )
     running = np.asarray(later)[:, -1]
     returns = np.zeros_like(values)
     for t in reversed(range(7)):

@@ -291,7 +291,9 @@ def _regression(
         returns,
         damping=config.damping,
         num_iterations=config.cg_iterations,
-        decision_weights=leading_discounts(rows.time, config.discount),
+        decision_weights=jax.vmap(leading_discounts, (0, None))(
+            rows.time, config.discount
+        ),
         chances=exists / jnp.maximum(jnp.sum(exists), 1.0),
         chunks=chunks_for(task.policy, config.chunk_size),
         sum_over_rows=task.sum_over_rows,

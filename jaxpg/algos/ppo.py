@@ -212,7 +212,7 @@ def ppo(config: PPOConfig, task: Task) -> Algorithm:
             gradients["policy"],
             state.opt_state,
             state.params,
-            kl=info["kl"],
+            kl=_adapted_to(config, state.params, old, info["kl"]),
         )
         theirs = state.critic
         critic_params, critic_opt_state = ascend(
@@ -382,6 +382,14 @@ def _drift(config: PPOConfig, log_rhos: Array, mask: Array) -> Info:
         "kl": jnp.sum(rhos_less_one - log_rhos),
         "clip_fraction": jnp.sum(clipped).astype(float),
     }
+
+
+def _adapted_to(config: PPOConfig, params: Params, old: Params, kl: Array) -> Array:
+    """The KL, and exactly 0 before the first step, where all of it is rounding."""
+    if config.adapt_to_kl is None:
+        return kl
+    moved = jax.tree.map(lambda x, y: jnp.any(x != y), params, old)
+    return jnp.where(jnp.any(jnp.stack(jax.tree.leaves(moved))), kl, 0.0)
 
 
 def _unless_stopped(step: Any, carry: tuple[PPOState, Array]) -> Any:

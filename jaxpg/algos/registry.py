@@ -19,24 +19,58 @@ class Recipe(NamedTuple):
     """One algorithm.
 
     Attributes:
-        settings: its frozen dataclass; the first line of its docstring names it.
+        summary: what it is, in a line.
+        settings: its frozen dataclass.
         make: `make(settings, task) -> Algorithm`.
         needs_critic: whether it bootstraps from a value network.
     """
 
+    summary: str
     settings: type
     make: Callable[[Any, Task], Algorithm]
-    needs_critic: bool
+    needs_critic: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
-    "reinforce": Recipe(ReinforceConfig, reinforce, needs_critic=False),
-    "a2c": Recipe(A2CConfig, a2c, needs_critic=True),
-    "vtrace": Recipe(VTraceConfig, vtrace, needs_critic=True),
-    "off-policy": Recipe(OffPolicyConfig, off_policy, needs_critic=False),
-    "npg": Recipe(NPGConfig, npg, needs_critic=False),
-    "enac": Recipe(ENACConfig, enac, needs_critic=False),
-    "trpo": Recipe(TRPOConfig, trpo, needs_critic=True),
-    "ppo": Recipe(PPOConfig, ppo, needs_critic=True),
+    "reinforce": Recipe(
+        "score-function gradient on whole episodes, any baseline",
+        ReinforceConfig,
+        reinforce,
+    ),
+    "a2c": Recipe(
+        "one step a batch of segments, advantages from a critic",
+        A2CConfig,
+        a2c,
+        needs_critic=True,
+    ),
+    "vtrace": Recipe(
+        "several steps on segments of an older policy, V-trace",
+        VTraceConfig,
+        vtrace,
+        needs_critic=True,
+    ),
+    "off-policy": Recipe(
+        "several steps on whole episodes, importance ratios",
+        OffPolicyConfig,
+        off_policy,
+    ),
+    "npg": Recipe(
+        "natural gradient by Fisher products, whole episodes", NPGConfig, npg
+    ),
+    "enac": Recipe(
+        "natural gradient by regression of returns on scores", ENACConfig, enac
+    ),
+    "trpo": Recipe(
+        "natural direction as far as the KL allows and it climbs",
+        TRPOConfig,
+        trpo,
+        needs_critic=True,
+    ),
+    "ppo": Recipe(
+        "minibatch steps with clipped ratios or a KL penalty",
+        PPOConfig,
+        ppo,
+        needs_critic=True,
+    ),
 }
 """By their names on the command line."""
