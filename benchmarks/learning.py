@@ -213,7 +213,9 @@ def store(row: Row, result: dict[str, Any]) -> None:
         rows = timing.load(RESULT)["rows"]
     except FileNotFoundError:
         rows = {}
-    timing.save(RESULT, {"needed": NEEDED, "rows": rows | {row.label: result}})
+    rows = rows | {row.label: result}
+    ordered = {r.label: rows[r.label] for r in ROWS if r.label in rows}
+    timing.save(RESULT, {"needed": NEEDED, "rows": ordered})
 
 
 def describe(row: Row, result: dict[str, Any]) -> str:

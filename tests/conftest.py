@@ -5,16 +5,23 @@ users pay nothing for them.
 """
 
 import os
+from importlib.metadata import version
 
 # Before JAX starts. Eight host devices, so that sharded code runs sharded here. And no
-# work on fast machine code: nearly all the time here goes into compiling programs that
-# run once. Both flags concern LLVM alone; fusions, buffers and collectives are decided
-# before it, so tests that read those see what users have. Processes that play a user
-# (test_cli, test_resume) drop these flags and run as he does.
+# work on fast machine code: most of the time here goes into compiling programs that run
+# once. Those flags concern how loops are written down and what LLVM makes of them: the
+# algebra, loops and collectives of a program are the same, so tests that read those see
+# what users have. Processes that play a user (test_cli, test_resume) drop the flags and
+# run as he does. JAX ends at once on a flag that it does not know, hence the versions.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "--xla_force_host_platform_device_count=8"
+    + (
+        " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        " --xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false"
+        if version("jaxlib").startswith(("0.8.", "0.9.", "0.10."))
+        else ""
+    ),
 )
 os.environ.setdefault("MPLBACKEND", "agg")
 

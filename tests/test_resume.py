@@ -1,5 +1,6 @@
 """Real processes, killed in mid-training: what is resumed ends at the same bits."""
 
+import functools
 import json
 import os
 import pathlib
@@ -19,12 +20,28 @@ ROOT = pathlib.Path(__file__).parent.parent
 NUM_UPDATES = 1000
 EVERY = 100
 TIMING = {"seconds", "steps_per_second"}
+ALGORITHMS = {
+    "reinforce": (),
+    # Segments that go on over updates, two memories, statistics of observations.
+    "ppo": (
+        *("--memory", "8", "--normalize-observations", "--num-steps", "4"),
+        *("--num-epochs", "2", "--num-minibatches", "2"),
+    ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def users_cache(tmp_path_factory):
+    """Where interrupted and resumed runs keep compiled programs, as users' do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def start(*words, **changes):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | changes
     return subprocess.Popen(
-        [sys.executable, "-m", "jaxpg", "train", "--no-compilation-cache", *words],
+        [sys.executable, "-m", "jaxpg", "train", *words],
         cwd=ROOT,
         env=environment,
         text=True,
@@ -33,8 +50,9 @@ def start(*words, **changes):
     )
 
 
-def new_run(folder, num_devices):
+def new_run(folder, algorithm, num_devices, *words):
     return start(
+        *(algorithm, *ALGORITHMS[algorithm], *words),
         *("--runs-dir", str(folder.parent), "--name", folder.name),
         *("--env", "Probe-RememberFirst-v0", "--hidden", "8", "--num-envs", "16"),
         *("--num-updates", str(NUM_UPDATES), "--checkpoint-every", str(EVERY)),
@@ -75,15 +93,13 @@ def wait_until_beyond_a_checkpoint(process, folder):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """The folder of a run that nobody interrupted, by number of devices."""
-    folders = {}
+    """The folder of a run that nobody interrupted, compiled by itself."""
 
-    def run(num_devices):
-        if num_devices not in folders:
-            folder = tmp_path_factory.mktemp("whole") / "run"
-            finish(new_run(folder, num_devices))
-            folders[num_devices] = folder
-        return folders[num_devices]
+    @functools.cache
+    def run(*kind):
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        finish(new_run(folder, *kind, "--no-compilation-cache"))
+        return folder
 
     return run
 
@@ -108,10 +124,10 @@ def assert_same_run(folder, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_devices", [1, 2])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, whole_run, num_devices):
+@pytest.mark.parametrize("kind", [("reinforce", 1), ("reinforce", 2), ("ppo", 2)])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, whole_run, kind):
     folder = tmp_path / "run"
-    process = new_run(folder, num_devices)
+    process = new_run(folder, *kind)
     wait_until_beyond_a_checkpoint(process, folder)
     process.kill()
     process.communicate()
@@ -120,7 +136,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, whole_run, num_device
     assert 2 * EVERY <= saved < NUM_UPDATES
     out, _ = finish(start("--resume", str(folder)))
     assert f"continued from update {saved})" in out
-    assert_same_run(folder, whole_run(num_devices))
+    assert_same_run(folder, whole_run(*kind))
 
 
 @pytest.mark.slow
@@ -129,7 +145,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, whole_run, num_device
 )
 def test_a_signal_ends_with_a_checkpoint(tmp_path, whole_run, number, code):
     folder = tmp_path / "run"
-    process = new_run(folder, 1)
+    process = new_run(folder, "reinforce", 1)
     wait_until_beyond_a_checkpoint(process, folder)
     process.send_signal(number)
     out, _ = finish(process, code)
@@ -142,4 +158,4 @@ def test_a_signal_ends_with_a_checkpoint(tmp_path, whole_run, number, code):
     assert (folder / "learning_curve.png").exists()
     out, _ = finish(start("--resume", str(folder)))
     assert f"continued from update {stopped})" in out
-    assert_same_run(folder, whole_run(1))
+    assert_same_run(folder, whole_run("reinforce", 1))

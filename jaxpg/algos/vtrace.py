@@ -69,8 +69,8 @@ class VTraceConfig:
     """Updates after which the policy that collects is renewed; 1 is always the last."""
     discount: float = 0.99
     """Weight of the next reward relative to this one, in [0, 1]."""
-    lambda_: float = 0.95
-    """How far targets trust rewards over values, in [0, 1]."""
+    lambda_: float = 1.0
+    """How far targets trust rewards over values, in [0, 1]; the paper's is 1."""
     max_rho: float = 1.0
     """The largest ratio of a decision's own error."""
     max_c: float = 1.0
