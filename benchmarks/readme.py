@@ -214,6 +214,30 @@ def learning() -> str:
     )
 
 
+def sample_efficiency() -> str:
+    stored = timing.load("sample-efficiency-cpu")
+    settings = stored["settings"]
+    lines = [
+        "| method | step size | mean return over the budget | steps to 200 | to 400 |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in stored["table"].items():
+        reached = [
+            "not reached" if steps is None else f"{steps / 1e3:.0f}k"
+            for steps in (row["steps_to"]["200"], row["steps_to"]["400"])
+        ]
+        area = statistics.median(row["areas"])
+        lines.append(
+            f"| {name} | {row['value']:g} | {area:.0f} | {' | '.join(reached)} |"
+        )
+    return "\n".join(lines) + (
+        f"\n\n({settings['env']}, {settings['episodes_per_update']} episodes an "
+        f"update, {settings['budget_env_steps'] // 1000}k steps; medians of "
+        f"{settings['seeds']} seeds, step sizes chosen on {settings['grid_seeds']} "
+        f"others; {machine(stored)})\n"
+    )
+
+
 def spread(numbers: list[float]) -> str:
     middle, low, high = statistics.median(numbers), min(numbers), max(numbers)
     return f"{middle:.4g} ({low:.4g} to {high:.4g})"
@@ -237,6 +261,7 @@ BLOCKS = {
     "memory": memory,
     "methods": methods,
     "learning": learning,
+    "sample-efficiency": sample_efficiency,
 }
 
 if __name__ == "__main__":

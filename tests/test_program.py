@@ -12,6 +12,7 @@ from jaxpg.algos.a2c import A2CConfig
 from jaxpg.algos.base import make_task
 from jaxpg.algos.natural import ENACConfig
 from jaxpg.algos.off_policy import OffPolicyConfig
+from jaxpg.algos.ppo import PPOConfig
 from jaxpg.algos.registry import RECIPES
 from jaxpg.algos.vtrace import VTraceConfig
 from jaxpg.critics import policy_rows
@@ -159,7 +160,7 @@ class Learning:
     def update(self):
         """The rows that an update saw, and the algorithm's state before it."""
         before = self.state
-        rows, self.state, _ = self._turn(before)
+        rows, self.state, self.info = self._turn(before)
         return rows, before.algorithm
 
 
@@ -179,9 +180,9 @@ def assert_statistics_of(statistics, obs):
 def test_observations_are_counted_once_and_frozen_meanwhile():
     """With memory in policy and critic, over segments that cut episodes."""
     policy = PolicyConfig(hidden=(3,), memory=3)
-    learning = Learning(
-        A2CConfig(num_steps=3, learning_rate=0.1), remember_first(4), policy
-    )
+    settings = {"num_steps": 3, "num_epochs": 1, "num_minibatches": 1}
+    algorithm = PPOConfig(learning_rate=0.1, **settings)
+    learning = Learning(algorithm, remember_first(4), policy)
     unroll = jax.jit(jax.vmap(learning.policy.unroll, (None, 0)))
     seen = []
     for number in range(3):
@@ -190,6 +191,8 @@ def test_observations_are_counted_once_and_frozen_meanwhile():
         own = policy_rows(learning.critic, rows)
         log_probs = unroll(before.params, own).log_prob(rows.action)
         np.testing.assert_allclose(log_probs, rows.log_prob, rtol=1e-5, atol=1e-6)
+        # And so does the update: at its only step every ratio is 1 but for rounding.
+        assert learning.info["kl"] < 1e-11 and learning.info["clip_fraction"] == 0.0
         seen.append(rows.obs)
         state = learning.state.algorithm
         assert_statistics_of(statistics_in(state.params), seen)

@@ -363,6 +363,16 @@ def test_the_picture_of_two_settings_is_a_map_of_medians(tmp_path):
     assert curves(left) == {"1": [14], "2": [24]}
 
 
+@pytest.mark.parametrize("name", ["learning_rate", "learning_rate,damping"])
+def test_returns_that_are_known_early_alone_are_drawn(tmp_path, name):
+    pairs = [(1.0, 1.0), (1.0, 2.0), (2.0, 1.0), (2.0, 2.0)]
+    values = pairs if "," in name else [1.0, 2.0]
+    rows, _ = make_sweep({v: [[1.0, None], [2.0, None]] for v in values}, name)
+    assert plot_sweep(rows, [], name.split(","), tmp_path / "sweep.png", "title")
+    table = summarize_sweep(rows, [], name.split(","))
+    assert {line["return_median"] for line in table} == {None}
+
+
 def test_three_settings_have_a_table_and_no_picture(tmp_path):
     names = ["learning_rate", "damping", "discount"]
     returns = {

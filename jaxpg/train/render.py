@@ -347,7 +347,8 @@ def _draw_map(
     image = axis.imshow(grid, cmap="viridis", aspect="auto", origin="lower")
     for i, j in np.argwhere(np.isfinite(grid)):
         line = table[down[i], along[j]]
-        shade = "black" if image.norm(grid[i, j]) > 0.55 else "white"
+        bright = grid[i, j] - np.nanmin(grid) > 0.55 * np.ptp(grid[np.isfinite(grid)])
+        shade = "black" if bright else "white"
         text = f"{grid[i, j]:.4g}\n({line['_q25']:.4g} to {line['_q75']:.4g})"
         axis.text(j, i, text, ha="center", va="center", fontsize=7, color=shade)
     axis.set_title(f"{what}: median (quartiles) over seeds", fontsize=9)
@@ -568,13 +569,7 @@ def _legend_of_groups(
     handles, labels = axis.get_legend_handles_labels()
     if len(labels) > _MOST_IN_LEGEND:
         handles, labels = [handles[0], handles[-1]], [labels[0], f"to {labels[-1]}"]
-    figure.legend(
-        handles,
-        labels,
-        title=",\n".join(_in_words(name) for name in names),
-        loc=where,
-        ncols=ncols,
-        frameon=False,
-        fontsize=8,
-        title_fontsize=8,
-    )
+    place: dict[str, Any] = {"loc": where, "ncols": ncols}
+    style: dict[str, Any] = {"frameon": False, "fontsize": 8, "title_fontsize": 8}
+    title = ",\n".join(_in_words(name) for name in names)
+    figure.legend(handles, labels, title=title, **place, **style)
