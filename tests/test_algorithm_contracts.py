@@ -137,7 +137,8 @@ class Learning:
         return (state, rollout), (reward, info)
 
 
-# Each algorithm once, and each policy once: the rest of the table is slow.
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
+# Each algorithm once, and each policy once; the rest of the table is asked for by name.
 QUICK = {
     *((name, "categorical") for name in RECIPES),
     ("ppo", "recurrent"),
@@ -149,9 +150,7 @@ QUICK = {
     ("npg", "multi-categorical"),
 }
 PAIRS = [
-    pytest.param(
-        name, policy, marks=() if (name, policy) in QUICK else pytest.mark.slow
-    )
+    pytest.param(name, policy, marks=() if (name, policy) in QUICK else EXHAUSTIVE)
     for policy in POLICIES
     for name in RECIPES
 ]

@@ -42,7 +42,7 @@ __all__ = [
 
 MAX_UPDATES_PER_CALL = 64
 
-EPISODES = 0x5E6
+EPISODES = 2**32 - 1
 """What the key of all episodes in segments is derived with, away from updates."""
 
 
