@@ -191,10 +191,12 @@ def judge(world: World, rows: list[Row], batch_size: int) -> list[Verdict]:
     moments = exact.estimate_moments(
         all_estimates, world.mdp, world.policy, acts, batch_size
     )
+    discounts = {row.discount for row in rows}
+    targets = {discount: target_of(world, discount) for discount in discounts}
     return [
         Verdict(
             flat(mean),
-            flat(target_of(world, row)),
+            flat(targets[row.discount]),
             limit_of(world, row),
             float(flat(variance).sum()),
         )
@@ -291,9 +293,9 @@ def plain_twin(baseline: str) -> str:
     return plain if plain in BASELINES else baseline
 
 
-def target_of(world: World, row: Row) -> Any:
-    """The exact gradient that the row is asked about."""
-    return exact.policy_gradient(world.mdp, world.policy, world.target, row.discount)
+def target_of(world: World, discount: float) -> Any:
+    """The exact gradient that rows of this discount are asked about."""
+    return exact.policy_gradient(world.mdp, world.policy, world.target, discount)
 
 
 def limit_of(world: World, row: Row) -> np.ndarray | None:

@@ -363,7 +363,9 @@ U = jnp.asarray(U, jnp.float32)
 def invert(logits, u):
     """Actions of one row of logits for every u."""
     rows = jnp.broadcast_to(logits, (len(u), len(logits)))
-    return np.asarray(jax.jit(discrete._invert_cdf)(rows, u))
+    # Millions of entries: here running takes longer than compiling.
+    fast = {"xla_backend_optimization_level": 3}
+    return np.asarray(jax.jit(discrete._invert_cdf, compiler_options=fast)(rows, u))
 
 
 @pytest.mark.parametrize("masked", MASKS)
