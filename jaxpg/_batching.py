@@ -6,11 +6,16 @@ when nobody needs it, one decision for the whole batch is right and far cheaper:
 work goes on while anybody, anywhere in any vmapped axis, needs it.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-__all__ = ["anywhere"]
+from jaxpg.types import PyTree
+
+__all__ = ["anywhere", "over_rows"]
 
 
 @jax.custom_batching.custom_vmap
@@ -37,3 +42,18 @@ def anywhere(flags: Bool[Array, "..."]) -> Bool[Array, ""]:
     [True, True]
     """
     return _or_over_vmapped_axes(jnp.any(flags))
+
+
+def over_rows(fn: Callable[[Any, PyTree], PyTree], shared: Any, rows: PyTree) -> PyTree:
+    """`fn(shared, row)` of every row: `vmap`, and no axis at all where there is one.
+
+    Chunks of decisions come as one long row. An axis of one would still be carried
+    through every product, and XLA lays some of them out anew for its sake.
+
+    >>> over_rows(lambda scale, row: scale * row, 2.0, jnp.array([[1.0, 3.0]])).tolist()
+    [[2.0, 6.0]]
+    """
+    if jax.tree.leaves(rows)[0].shape[0] != 1:
+        return jax.vmap(fn, (None, 0))(shared, rows)
+    found = fn(shared, jax.tree.map(lambda x: x[0], rows))
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], found)

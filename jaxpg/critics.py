@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
+from jaxpg._batching import over_rows
 from jaxpg.credit import Credit
 from jaxpg.gradients import MapRows, map_plainly
 from jaxpg.networks import Network
@@ -189,11 +190,11 @@ def critic_terms(
     Reference: Schulman et al. 2017; the clipped form is that of its published code.
     """
 
-    def of_row(row: Trajectory) -> Array:
+    def of_row(params: Params, row: Trajectory) -> Array:
         carry = network.initial_carry() if row.carry is None else row.carry
         return network.unroll(params, carry, row.obs, row.starts)[0][:, 0]
 
-    outputs = jax.vmap(of_row)(rows)
+    outputs = over_rows(of_row, params, rows)
     wanted = _standardised(targets_so_far, targets)
     errors = (outputs - wanted) ** 2
     if clip is not None and old_values is not None:

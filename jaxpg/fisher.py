@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxpg._batching import over_rows
 from jaxpg._checks import check_choice, check_range, check_rank
 from jaxpg.gradients import (
     ALL_AT_ONCE,
@@ -174,7 +175,7 @@ FORMS: dict[str, Callable[[Unroll, Params, Params, Trajectory], Params]] = {
 
 
 def _unroll_all(unroll: Unroll, params: Params, rows: Trajectory) -> Any:
-    return jax.vmap(unroll, (None, 0))(params, rows)
+    return over_rows(unroll, params, rows)
 
 
 def _kl(now: Any, then: Any, mask: Array) -> Array:
@@ -281,7 +282,7 @@ def episodic_natural_gradient(
         chunk_rows, chunk_weights, chunk_shares = chunk
 
         def totals(params: Params) -> Array:
-            log_probs = jax.vmap(log_prob_fn, (None, 0))(params, chunk_rows)
+            log_probs = over_rows(log_prob_fn, params, chunk_rows)
             counted = jnp.where(chunk_weights != 0.0, log_probs, 0.0)
             return jnp.sum(chunk_weights * counted, axis=1)
 

@@ -19,18 +19,19 @@ first (Schulman et al. 2015, "Gradient estimation using stochastic computation g
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from jaxpg._batching import anywhere
+from jaxpg._batching import anywhere, over_rows
 from jaxpg._checks import check_positive, check_rank
 from jaxpg.types import Params, PyTree
 
 __all__ = [
+    "ChunkSize",
     "Chunks",
     "LogProbFn",
     "MapRows",
@@ -52,17 +53,36 @@ PIECE = 16
 empty tails of packed rows fall into chunks of their own, and are skipped."""
 
 
+ChunkSize = int | Literal["auto"] | None
+"""Decisions that are worked on together: so many, as suits the device, or all."""
+
+
 class Chunks(NamedTuple):
     """How a sum over rows is cut up; it changes memory and speed, not the sum.
 
     Attributes:
-        size: decisions that are worked on together; None takes all at once.
+        size: decisions that are worked on together; "auto" as suits the device, None
+            takes all at once.
         cut_rows: whether a row may be cut in time, as it may where no decision's
             log-probability depends on the row's earlier ones (a memoryless policy).
     """
 
-    size: int | None = None
+    size: ChunkSize = None
     cut_rows: bool = False
+
+    @property
+    def number(self) -> int | None:
+        """Decisions that are worked on together, with "auto" decided.
+
+        On CPU the activations of a small network should fit into a core's own cache:
+        with 2 x 64 units a gradient takes 0.89 microseconds per decision at 256 and
+        1.2 at 2048. Rows that stay whole need company, or products are thin.
+        """
+        if self.size != "auto":
+            return self.size
+        if jax.default_backend() != "cpu":
+            return 2**16
+        return 256 if self.cut_rows else 2048
 
 
 ALL_AT_ONCE = Chunks()
@@ -127,18 +147,36 @@ def sum_over_chunks(
     >>> sum_over_chunks(total, 2.0, rows, active, Chunks(size=2)).item()
     30.0
     """
-    if chunks.size is None:
+    if chunks.cut_rows:
+        fn = _on_one_row(fn)
+    size = chunks.number
+    if size is None:
         return fn(shared, rows)
-    check_positive("chunk size", chunks.size)
+    check_positive("chunk size", size)
     num_rows, length = active.shape
-    num_steps = min(PIECE, chunks.size, length) if chunks.cut_rows else length
-    per_chunk = min(max(1, chunks.size // num_steps), num_rows)
+    num_steps = min(PIECE, size, length) if chunks.cut_rows else length
+    per_chunk = min(max(1, size // num_steps), num_rows)
     sums = [
         _sum_over_grid(fn, shared, rows, active, some_rows, some_steps)
         for some_rows in _blocks(num_rows, per_chunk)
         for some_steps in _blocks(length, num_steps)
     ]
     return jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *sums)
+
+
+def _on_one_row(fn: Callable[[Any, PyTree], Any]) -> Callable[[Any, PyTree], Any]:
+    """`fn` of all decisions in one row: where rows may be cut they may be joined.
+
+    A network then sees one long list, and not a batch of short ones.
+    """
+
+    def on_one_row(shared: Any, rows: PyTree) -> Any:
+        def join(x: Array) -> Array:
+            return x.reshape(1, -1, *x.shape[2:])
+
+        return fn(shared, jax.tree.map(join, rows))
+
+    return on_one_row
 
 
 class Blocks(NamedTuple):
@@ -232,7 +270,7 @@ def score_gradient(
 
     def surrogate(params: Params, chunk: tuple[PyTree, Array]) -> Array:
         chunk_rows, chunk_weights = chunk
-        log_probs = jax.vmap(log_prob_fn, (None, 0))(params, chunk_rows)
+        log_probs = over_rows(log_prob_fn, params, chunk_rows)
         return jnp.sum(weigh(chunk_weights, log_probs))
 
     total = sum_over_rows(
@@ -285,7 +323,7 @@ def score_gradients(
         chunk_rows, chunk_weights = chunk
 
         def log_probs(params: Params) -> Array:
-            log_prob = jax.vmap(log_prob_fn, (None, 0))(params, chunk_rows)
+            log_prob = over_rows(log_prob_fn, params, chunk_rows)
             _check_one_per_decision(chunk_weights[..., 0], log_prob)
             return jnp.where(_is_weighed(chunk_weights), log_prob, 0.0)
 

@@ -30,7 +30,15 @@ from jaxpg.types import Params, PRNGKey, PyTree
 if TYPE_CHECKING:
     from flax import nnx
 
-__all__ = ["ACTIVATIONS", "cnn", "gru", "mlp", "patches", "split_module"]
+__all__ = [
+    "ACTIVATIONS",
+    "cnn",
+    "gru",
+    "mlp",
+    "patches",
+    "perceive_many",
+    "split_module",
+]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jax.numpy.tanh,
@@ -38,6 +46,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": jax.nn.gelu,
     "silu": jax.nn.silu,
 }
+
+
+FEW = 64
+"""Inputs of a perceptron from which on it pays to have them last in memory."""
 
 
 def mlp(
@@ -73,6 +85,41 @@ def mlp(
 
     torso, width = _torso((num_inputs,), (), 1, hidden, activation, rngs)
     return nnx.Sequential(*torso, _linear(width, num_outputs, output_scale, rngs))
+
+
+def perceive_many(
+    perceptron: "nnx.Module", inputs: Float[Array, "N F"]
+) -> Float[Array, "N K"]:
+    """perceptron(inputs), computed with the N inputs last in memory.
+
+    From layer to layer activations stay [features, N]. On CPUs that leaves out the
+    transpositions that the gradient of a kernel [F, K] needs otherwise, and sums over
+    inputs run along memory: a gradient takes about three quarters of the time.
+
+    Args:
+        perceptron: from `mlp`.
+        inputs: many rows of features; a few are left as they are.
+
+    Returns:
+        What the perceptron says of each.
+
+    >>> from flax import nnx
+    >>> perceptron = mlp(2, (3,), 1, rngs=nnx.Rngs(0), output_scale=1.0)
+    >>> inputs = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> bool(jnp.allclose(perceive_many(perceptron, inputs), perceptron(inputs)))
+    True
+    """
+    from flax import nnx
+
+    if len(inputs) < FEW:
+        return perceptron(inputs)  # type: ignore[operator]
+    features = inputs.T
+    for layer in perceptron.layers:  # type: ignore[attr-defined]
+        if isinstance(layer, nnx.Linear):
+            features = layer.kernel[...].T @ features + layer.bias[...][:, None]
+        else:
+            features = layer(features)
+    return features.T
 
 
 def cnn(

@@ -59,7 +59,7 @@ same ones for the same arguments."""
 Statistics = Literal["none", "chunks", "trajectories"]
 Method = Literal["replay", "running-sums"]
 
-CACHED = Chunks(1024)
+CACHED = Chunks("auto")
 """Decisions whose activations fit into a core's cache."""
 
 TOGETHER = 32

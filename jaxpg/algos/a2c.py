@@ -46,6 +46,7 @@ from jaxpg.critics import (
     init_critic,
     policy_rows,
 )
+from jaxpg.gradients import ChunkSize
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = ["A2CConfig", "A2CState", "a2c"]
@@ -79,8 +80,9 @@ class A2CConfig:
     """Let the policy's rate follow the KL that its last step made, to stay at this."""
     bootstrap_truncated: bool = True
     """Value what a time limit cut off. Without it time limits count as true ends."""
-    chunk_size: int | None = 2048
-    """Decisions that a gradient works on together; sets memory, not the result."""
+    chunk_size: ChunkSize = "auto"
+    """Decisions that a gradient works on together; sets memory and speed, not the
+    result. "auto" suits the device, none takes all at once."""
 
     def __post_init__(self) -> None:
         check_steps(self)

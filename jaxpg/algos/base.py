@@ -236,7 +236,7 @@ def check_steps(config: Any) -> None:
         if getattr(config, name, None) is not None:
             check_range(name, getattr(config, name), 0.0, open_low=True)
     for name in ("num_steps", "episodes_per_env", "num_epochs", "chunk_size"):
-        if getattr(config, name, None) is not None:
+        if getattr(config, name, None) not in (None, "auto"):
             check_positive(name, getattr(config, name))
     for name in ("discount", "lambda_"):
         if getattr(config, name, None) is not None:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxpg._batching import over_rows
 from jaxpg.algos.base import Task
-from jaxpg.gradients import Chunks
+from jaxpg.gradients import Chunks, ChunkSize
 from jaxpg.importance import MAX_LOG_WEIGHT
 from jaxpg.policies import Policy
 from jaxpg.types import Params, PyTree, Trajectory
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 
-def chunks_for(policy: Policy, chunk_size: int | None) -> Chunks:
+def chunks_for(policy: Policy, chunk_size: ChunkSize) -> Chunks:
     """Chunks of so many decisions; rows stay whole where the policy has a memory."""
     return Chunks(chunk_size, cut_rows=not policy.is_recurrent)
 
@@ -37,7 +38,7 @@ def mean_kl(
     new: Params,
     rows: Trajectory,
     *,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
 ) -> Float[Array, ""]:
     """Mean over decisions of KL(old || new), in nats, from the distributions' own kl.
 
@@ -54,7 +55,7 @@ def mean_kl(
 
     def of_chunk(shared: Any, rows: Trajectory) -> Array:
         ours, theirs = (
-            jax.vmap(task.policy.unroll, (None, 0))(params, rows) for params in shared
+            over_rows(task.policy.unroll, params, rows) for params in shared
         )
         return jnp.sum(jnp.where(rows.mask, ours.kl(theirs), 0.0))
 
@@ -67,7 +68,7 @@ def mean_surrogate(
     rows: Trajectory,
     advantages: Float[Array, "B T"],
     *,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
 ) -> Float[Array, ""]:
     """Mean over decisions of rho A, rho over the log-probabilities that are recorded.
 
@@ -86,7 +87,7 @@ def mean_surrogate(
 
     def of_chunk(params: Params, chunk: Any) -> Array:
         rows, advantages = chunk
-        distribution: Any = jax.vmap(task.policy.unroll, (None, 0))(params, rows)
+        distribution: Any = over_rows(task.policy.unroll, params, rows)
         log_rhos = jnp.where(
             rows.mask, distribution.log_prob(rows.action) - rows.log_prob, 0.0
         )
@@ -155,7 +156,7 @@ def _mean(
     shared: Any,
     batch: Any,
     rows: Trajectory,
-    chunk_size: int | None,
+    chunk_size: ChunkSize,
 ) -> Array:
     chunks = chunks_for(task.policy, chunk_size)
     total = task.sum_over_rows(of_chunk, shared, batch, rows.mask, chunks)

@@ -187,6 +187,7 @@ def over_minibatches(
     rows: PyTree,
     num_epochs: int,
     map_rows: MapRows = map_plainly,
+    prepare: Callable[[PyTree], PyTree] = lambda minibatches: minibatches,
 ) -> tuple[Any, PyTree]:
     """Visit every minibatch once an epoch, drawn anew each time.
 
@@ -198,6 +199,9 @@ def over_minibatches(
         rows: as for `shuffle_into_minibatches`.
         num_epochs: passes over the rows.
         map_rows: how rows are spread over devices.
+        prepare: what is done to all minibatches of an epoch at once, as
+            `shuffle_into_minibatches` gives them: several devices then exchange what
+            it sums once an epoch, and not once a step.
 
     Returns:
         The carry after the last one, and infos [epochs, M, ...].
@@ -206,6 +210,7 @@ def over_minibatches(
     def epoch(carry: Any, key: PRNGKey) -> tuple[Any, PyTree]:
         key_order, key_steps = jax.random.split(key)
         minibatches = shuffle_into_minibatches(key_order, cut, rows, map_rows)
+        minibatches = prepare(minibatches)
 
         def visit(carry: Any, index: Array) -> tuple[Any, PyTree]:
             minibatch = take_minibatch(minibatches, index)

@@ -43,6 +43,7 @@ from jaxpg.credit import CreditConfig, CreditName, credit_of
 from jaxpg.episodes import split_episodes
 from jaxpg.estimators import BaselineName, EstimatorConfig, make_estimator
 from jaxpg.fisher import episodic_natural_gradient, fisher_vector_product
+from jaxpg.gradients import ChunkSize
 from jaxpg.policies import log_prob_fn
 from jaxpg.returns import leading_discounts
 from jaxpg.trust_region import natural_gradient, normalize_by_kl
@@ -75,8 +76,9 @@ class NPGConfig:
     damping: float = 0.1
     """What is added to the Fisher matrix's diagonal: in units of a mean over decisions
     with `max_kl`, else of a mean over trajectories."""
-    chunk_size: int | None = 1024
-    """Decisions that a sum works on together; sets memory, not the result."""
+    chunk_size: ChunkSize = "auto"
+    """Decisions that a gradient works on together; sets memory and speed, not the
+    result. "auto" suits the device, none takes all at once."""
 
     def __post_init__(self) -> None:
         check_steps(self)
@@ -114,8 +116,9 @@ class ENACConfig:
     """Steps of conjugate gradients; each costs a pass over the batch."""
     damping: float = 1.0
     """Ridge of the regression, in units of a trajectory's squared score."""
-    chunk_size: int | None = 1024
-    """Decisions that a sum works on together; sets memory, not the result."""
+    chunk_size: ChunkSize = "auto"
+    """Decisions that a gradient works on together; sets memory and speed, not the
+    result. "auto" suits the device, none takes all at once."""
 
     def __post_init__(self) -> None:
         check_steps(self)

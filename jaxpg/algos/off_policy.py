@@ -45,6 +45,7 @@ from jaxpg.estimators import (
     estimate_credit,
     make_estimator,
 )
+from jaxpg.gradients import ChunkSize
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = ["OffPolicyConfig", "OffPolicyState", "off_policy"]
@@ -85,8 +86,9 @@ class OffPolicyConfig:
     """Let the learning rate fall linearly to zero over the run."""
     max_grad_norm: float | None = None
     """Scale the gradient down to this global norm where it is longer."""
-    chunk_size: int | None = 1024
-    """Decisions that the gradient works on together; sets memory, not the result."""
+    chunk_size: ChunkSize = "auto"
+    """Decisions that a gradient works on together; sets memory and speed, not the
+    result. "auto" suits the device, none takes all at once."""
 
     def __post_init__(self) -> None:
         check_steps(self)

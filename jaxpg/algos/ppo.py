@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxpg._batching import anywhere
+from jaxpg._batching import anywhere, over_rows
 from jaxpg._checks import check_choice, check_positive, check_range
 from jaxpg.advantages import standardize
 from jaxpg.algos.base import (
@@ -59,7 +59,7 @@ from jaxpg.critics import (
     policy_rows,
 )
 from jaxpg.distributions import entropy_of
-from jaxpg.gradients import Chunks
+from jaxpg.gradients import Chunks, ChunkSize
 from jaxpg.proximal import clipped_terms, kl_penalty_terms
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
@@ -115,8 +115,9 @@ class PPOConfig:
     """Let the policy's rate follow the KL of its minibatches, to stay near this."""
     bootstrap_truncated: bool = True
     """Value what a time limit cut off. Without it time limits count as true ends."""
-    chunk_size: int | None = 2048
-    """Decisions that a gradient works on together; sets memory, not the result."""
+    chunk_size: ChunkSize = "auto"
+    """Decisions that a gradient works on together; sets memory and speed, not the
+    result. "auto" suits the device, none takes all at once."""
 
     def __post_init__(self) -> None:
         check_steps(self)
@@ -200,11 +201,8 @@ def ppo(config: PPOConfig, task: Task) -> Algorithm:
         carry: tuple[PPOState, Array], key: PRNGKey, batch: Batch, old: Params
     ) -> tuple[tuple[PPOState, Array], Info]:
         state, going = carry
-        if config.standardize == "minibatch":
-            advantages = standardize(batch.advantages, batch.rows.mask)
-            batch = batch._replace(advantages=advantages)
         total, sums = _gradients(config, task, state, batch, old, key)
-        count = jnp.maximum(batch.rows.num_decisions, 1).astype(float)
+        count = jnp.maximum(sums.pop("count"), 1.0)
         gradients = jax.tree.map(lambda x: x / count.astype(x.dtype), total)
         info = {name: x / count for name, x in sums.items()}
         params, opt_state = ascend(
@@ -264,6 +262,7 @@ def ppo(config: PPOConfig, task: Task) -> Algorithm:
             batch,
             config.num_epochs,
             task.map_rows,
+            prepare=lambda minibatches: _standardized(config, minibatches),
         )
         info = _summary(infos)
         state = state._replace(kl_coefficient=_adapted(config, state, info["kl"]))
@@ -314,6 +313,15 @@ def _batch(config: PPOConfig, rows: Trajectory, estimate: Advantages) -> Batch:
     )
 
 
+def _standardized(config: PPOConfig, minibatches: Batch) -> Batch:
+    """All minibatches of an epoch, [groups, M, ...], each by itself."""
+    if config.standardize != "minibatch":
+        return minibatches
+    each = jax.vmap(standardize, in_axes=1, out_axes=1)
+    advantages = each(minibatches.advantages, minibatches.rows.mask)
+    return minibatches._replace(advantages=advantages)
+
+
 def _gradients(
     config: PPOConfig,
     task: Task,
@@ -328,8 +336,8 @@ def _gradients(
     def objective(learned: Params, shared: Any, chunk: Batch) -> tuple[Array, Info]:
         targets, coefficient, old, key = shared
         rows, mask = chunk.rows, chunk.rows.mask
-        unroll = jax.vmap(task.policy.unroll, (None, 0))
-        distribution = unroll(learned["policy"], policy_rows(critic, rows))
+        ours = policy_rows(critic, rows)
+        distribution = over_rows(task.policy.unroll, learned["policy"], ours)
         log_probs = distribution.log_prob(rows.action)
         if config.form == "clip":
             gains = clipped_terms(
@@ -340,7 +348,7 @@ def _gradients(
                 epsilon=config.clip_eps,
             )
         else:
-            kls = unroll(old, policy_rows(critic, rows)).kl(distribution)
+            kls = over_rows(task.policy.unroll, old, ours).kl(distribution)
             gains = kl_penalty_terms(
                 log_probs,
                 rows.log_prob,
@@ -361,7 +369,9 @@ def _gradients(
         )
         total = jnp.sum(gains) + config.entropy_coefficient * entropy - critic_loss
         sums = _drift(config, log_probs - rows.log_prob, mask)
-        return total, sums | {"entropy": entropy, "critic_loss": critic_loss}
+        count = jnp.sum(mask).astype(float)
+        told = {"entropy": entropy, "critic_loss": critic_loss, "count": count}
+        return total, sums | told
 
     def of_chunk(shared: Any, chunk: Batch) -> tuple[Params, Info]:
         learned, *rest = shared

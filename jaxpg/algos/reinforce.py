@@ -41,7 +41,7 @@ from jaxpg.estimators import (
     estimate_gradient,
     make_estimator,
 )
-from jaxpg.gradients import Chunks, SumOverRows, sum_over_chunks
+from jaxpg.gradients import Chunks, ChunkSize, SumOverRows, sum_over_chunks
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = [
@@ -83,8 +83,9 @@ class ReinforceConfig:
     """Let the learning rate fall linearly to zero over the run."""
     max_grad_norm: float | None = None
     """Scale the gradient down to this global norm where it is longer."""
-    chunk_size: int | None = 1024
-    """Decisions that the gradient works on together; sets memory, not the result."""
+    chunk_size: ChunkSize = "auto"
+    """Decisions that a gradient works on together; sets memory and speed, not the
+    result. "auto" suits the device, none takes all at once."""
 
     def __post_init__(self) -> None:
         check_steps(self)
@@ -111,7 +112,7 @@ def reinforce_gradient(
     trajectories: Trajectory,
     max_steps: int,
     *,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
     sum_over_rows: SumOverRows = sum_over_chunks,
 ) -> Params:
     """The estimate of grad J that REINFORCE takes a step along.

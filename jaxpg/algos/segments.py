@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from jaxpg._batching import over_rows
 from jaxpg.advantages import ValuedRow, generalized_advantages, with_values
 from jaxpg.algos.base import Task, ascend, check_anneal
 from jaxpg.algos.measures import chunks_for
@@ -25,7 +26,7 @@ from jaxpg.critics import (
     values_of,
 )
 from jaxpg.distributions import entropy_of
-from jaxpg.gradients import Chunks, weigh
+from jaxpg.gradients import Chunks, ChunkSize, weigh
 from jaxpg.networks import Network
 from jaxpg.types import Params, PRNGKey, Trajectory
 
@@ -119,7 +120,8 @@ def valued(
     """
     network = needed_critic(task)
     length = rows.mask.shape[1]
-    at_once = None if config.chunk_size is None else max(1, config.chunk_size // length)
+    size = Chunks(config.chunk_size).number
+    at_once = None if size is None else max(1, size // length)
     values = values_of(
         network,
         critic,
@@ -185,7 +187,7 @@ def policy_gradient(
 
     def objective(params: Params, key: PRNGKey, chunk: Any) -> tuple[Array, Array]:
         rows, weights = chunk
-        distribution: Any = jax.vmap(task.policy.unroll, (None, 0))(params, rows)
+        distribution: Any = over_rows(task.policy.unroll, params, rows)
         entropy = entropy_of(distribution, key)
         entropy = jnp.sum(jnp.where(rows.mask, entropy, 0.0))
         gains = jnp.sum(weigh(weights, distribution.log_prob(rows.action)))
@@ -219,7 +221,7 @@ def fit_critic(
     *,
     num_epochs: int,
     num_minibatches: int = 1,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = None,
 ) -> tuple[CriticState, Array]:
     """Descend the critic's squared error, minibatch by minibatch.
 

@@ -53,6 +53,7 @@ from jaxpg.critics import (
     policy_rows,
 )
 from jaxpg.fisher import fisher_vector_product
+from jaxpg.gradients import ChunkSize
 from jaxpg.trust_region import natural_gradient, trust_region
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
@@ -92,8 +93,9 @@ class TRPOConfig:
     """Steps in each pass."""
     bootstrap_truncated: bool = True
     """Value what a time limit cut off. Without it time limits count as true ends."""
-    chunk_size: int | None = 2048
-    """Decisions that a sum works on together; sets memory, not the result."""
+    chunk_size: ChunkSize = "auto"
+    """Decisions that a gradient works on together; sets memory and speed, not the
+    result. "auto" suits the device, none takes all at once."""
 
     entropy_coefficient = 0.0
     anneal = False

@@ -50,6 +50,7 @@ from jaxpg.critics import (
     init_critic,
     policy_rows,
 )
+from jaxpg.gradients import ChunkSize
 from jaxpg.importance import log_ratios
 from jaxpg.policies import log_prob_fn
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
@@ -89,8 +90,9 @@ class VTraceConfig:
     """Scale either gradient down to this global norm where it is longer."""
     bootstrap_truncated: bool = True
     """Value what a time limit cut off. Without it time limits count as true ends."""
-    chunk_size: int | None = 2048
-    """Decisions that a gradient works on together; sets memory, not the result."""
+    chunk_size: ChunkSize = "auto"
+    """Decisions that a gradient works on together; sets memory and speed, not the
+    result. "auto" suits the device, none takes all at once."""
 
     def __post_init__(self) -> None:
         check_steps(self)
