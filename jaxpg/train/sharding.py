@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -114,6 +115,24 @@ def _map_rows_on(mesh: Mesh) -> MapRows:
     return map_rows
 
 
+def _sum_over_devices(tree: PyTree) -> PyTree:
+    """`psum` of a tree as one vector of each type.
+
+    An exchange of many arrays costs as many exchanges on host devices: thirteen small
+    ones take 570 microseconds there, and 29 as one.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    summed: list[Any] = [None] * len(leaves)
+    for dtype in dict.fromkeys(x.dtype for x in leaves):  # in one order everywhere
+        places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
+        vector = jnp.concatenate([leaves[i].reshape(-1) for i in places])
+        ends = np.cumsum([leaves[i].size for i in places])[:-1]
+        parts = jnp.split(jax.lax.psum(vector, AXIS), ends)
+        for i, part in zip(places, parts, strict=True):
+            summed[i] = part.reshape(leaves[i].shape)
+    return jax.tree.unflatten(structure, summed)
+
+
 def _sum_over_rows_on(mesh: Mesh) -> SumOverRows:
     def sum_over_rows(
         fn: Callable[[Any, PyTree], Any],
@@ -124,7 +143,7 @@ def _sum_over_rows_on(mesh: Mesh) -> SumOverRows:
     ) -> Any:
         def local_sum(shared: Any, rows: PyTree, active: Array) -> Any:
             total = sum_over_chunks(fn, shared, rows, active, chunks)
-            return jax.lax.psum(total, AXIS)
+            return _sum_over_devices(total)
 
         summed = jax.shard_map(
             local_sum,
