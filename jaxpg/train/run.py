@@ -46,6 +46,11 @@ __all__ = [
     "store_config",
 ]
 
+MIN_ROWS = 8
+"""Environments that a device must have, at least, to be used without being asked for.
+With PPO on CartPole two host devices are 1.2 times as fast as one at 16 environments,
+and half as fast at 4."""
+
 SCHEMA = 1
 
 
@@ -260,7 +265,9 @@ def _assemble(
 def _num_devices(config: TrainConfig) -> int:
     if config.num_devices is not None:
         return config.num_devices
-    return largest_device_count(jax.device_count(), config.num_envs)
+    # A device with fewer rows waits longer for the others than it works.
+    worth_it = max(1, config.num_envs // MIN_ROWS)
+    return largest_device_count(min(jax.device_count(), worth_it), config.num_envs)
 
 
 def _default_name(config: TrainConfig) -> str:
