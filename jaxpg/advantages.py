@@ -387,15 +387,17 @@ def standardize(
     check_same_shape(advantages=advantages, mask=mask)
     known = jnp.where(mask, advantages, 0.0)
     # Seen from one of them, and in units of the largest difference: equal advantages
-    # give exact zeros, and squares neither overflow nor vanish.
+    # give exact zeros, and squares neither overflow nor vanish. Both ends are maxima,
+    # so that several devices find them in one exchange.
     largest = jnp.max(known, initial=-jnp.inf, where=mask)
+    smallest = -jnp.max(-known, initial=-jnp.inf, where=mask)
     differences = jnp.where(mask, known - largest, 0.0)
-    spread = jnp.max(jnp.abs(differences), initial=0.0)
+    spread = jnp.maximum(largest - smallest, 0.0)
     scaled = differences / jnp.where(spread > 0.0, spread, 1.0)
     count = jnp.maximum(jnp.sum(mask.astype(known.dtype)), 1.0)
     centred = jnp.where(mask, scaled - jnp.sum(scaled) / count, 0.0)
     std = jnp.sqrt(jnp.sum(centred**2) / count)
-    rounding = 32.0 * jnp.finfo(known.dtype).eps * jnp.max(jnp.abs(known), initial=0.0)
+    rounding = 32.0 * jnp.finfo(known.dtype).eps * jnp.maximum(largest, -smallest)
     tells = (std > 0.0) & (std * spread > rounding)
     return jax.lax.stop_gradient(
         jnp.where(tells, centred / jnp.where(tells, std, 1.0), 0.0)
