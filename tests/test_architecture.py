@@ -92,6 +92,9 @@ LAYERS = {
         "algos",
     ],
     "training": [
+        "train.lifeline",
+        "train.distributed",
+        "train.sharding",
         "train.provenance",
         "train.log",
         "train.checkpoint",
@@ -99,7 +102,6 @@ LAYERS = {
         "train.progress",
         "train.config",
         "train.tuned",
-        "train.sharding",
         "train.models",
         "train.program",
         "train.evaluate",

@@ -1,0 +1,361 @@
+"""Several processes, usually one on each host, as one run.
+
+    from jaxpg.train import distributed
+    distributed.connect("node1:1234", num_processes=2, process_id=0)   # 1 on the other
+    jaxpg.train.loop.train(config)                                     # the same on all
+
+Every process runs the same program on its share of the devices. What concerns files,
+names, clocks and signals is decided by process 0 and told to the others (`decide`,
+`agree`), because two processes that go different ways wait for each other forever.
+
+When a process dies, the others end within seconds, with a sentence and exit code 1:
+they cannot go on, as part of the training state is gone. One that hangs or is cut off
+is given up by JAX's own heartbeat.
+"""
+
+import atexit
+import inspect
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxpg._checks import check_positive, check_range
+from jaxpg.train.lifeline import Lifeline, meet
+
+__all__ = [
+    "Group",
+    "advise",
+    "agree",
+    "check_same",
+    "connect",
+    "decide",
+    "find_group",
+    "give_up",
+    "is_first",
+    "news",
+    "wait_for_all",
+]
+
+T = TypeVar("T")
+
+SECONDS_TO_MEET = 120.0
+HEARTBEAT_SECONDS = 30
+SHUTDOWN_SECONDS = 60
+SECONDS_TO_FINISH = 3.0
+"""What the main thread gets to finish a file, or to tell the error in its own words."""
+
+
+class Group(NamedTuple):
+    """The processes of a run, and which one this is.
+
+    Attributes:
+        coordinator: HOST:PORT of process 0.
+        num_processes: how many there are.
+        process_id: this one.
+        local_device_ids: devices of this host that are this process's; None for all.
+    """
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+    local_device_ids: Any = None
+
+
+class _Session:
+    """What this process knows of the others; there is one, as JAX knows one group."""
+
+    lifeline: Lifeline | None = None
+    num_processes = 1
+    advice = ""
+    trouble = threading.Event()
+
+
+_session = _Session()
+
+
+def connect(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: float = SECONDS_TO_MEET,
+) -> None:
+    """Make this process one of several, before JAX computes anything.
+
+    What is None is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, else from SLURM, Open MPI, Kubernetes or the TPU slice, as JAX finds
+    them. In a group of one this does nothing.
+
+    Args:
+        coordinator: HOST:PORT of process 0, with a port that is free there.
+        num_processes: how many processes there are.
+        process_id: which one this is, counted from 0.
+        timeout: how long to wait for the others, in seconds.
+
+    Raises:
+        ValueError: if there is no group to be found, if process 0 cannot be reached, if
+            the processes do not agree on how many they are, if one does not come, or
+            if they have different numbers of devices.
+        RuntimeError: if JAX has computed something before.
+    """
+    group = find_group(coordinator, num_processes, process_id)
+    if group.num_processes == 1:
+        return
+    host, port = _address(group.coordinator)
+    _session.lifeline = meet(host, port, *group[1:3], timeout)
+    _session.num_processes = group.num_processes
+    _session.lifeline.watch(_on_end)
+    # Behind JAX's own in time, and so before it in order: it would wait for the dead.
+    atexit.register(_session.lifeline.leave)
+    sys.excepthook = _give_up_after(sys.excepthook)
+    _start(group, timeout)
+    _check_devices()
+    # Processes connect their devices at the first sum, and wait half a minute for it at
+    # most: now they are together, and after compiling they may not be.
+    wait_for_all("connected")
+
+
+def find_group(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> Group:
+    """What is given, and for the rest what the environment says.
+
+    Args:
+        coordinator: as for `connect`.
+        num_processes: as for `connect`.
+        process_id: as for `connect`.
+
+    Returns:
+        The group.
+
+    Raises:
+        ValueError: if something is missing or cannot be.
+    """
+    # JAX has no public name for what it finds. This one is older than JAX 0.8.
+    from jax._src.clusters import ClusterEnv
+
+    environment = os.environ
+    found = ClusterEnv.auto_detect_unset_distributed_params(
+        coordinator or environment.get("JAX_COORDINATOR_ADDRESS"),
+        _whole(num_processes, "JAX_NUM_PROCESSES"),
+        _whole(process_id, "JAX_PROCESS_ID"),
+        None,
+        None,
+        int(SECONDS_TO_MEET),
+    )
+    names = ("coordinator", "num_processes", "process_id")
+    for name, value in zip(names, found[:3], strict=True):
+        if value is None:
+            raise ValueError(
+                f"{name} is not given, and there is no SLURM, MPI, Kubernetes or TPU "
+                "to take it from; needs --coordinator HOST:PORT --num-processes N "
+                "--process-id I, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+                "JAX_PROCESS_ID in the environment"
+            )
+    group = Group(*found)
+    check_positive("num_processes", group.num_processes)
+    check_range("process_id", group.process_id, 0, group.num_processes - 1)
+    _address(group.coordinator)
+    return group
+
+
+def _whole(given: int | None, name: str) -> int | None:
+    value = os.environ.get(name) if given is None else given
+    try:
+        return None if value is None else int(value)
+    except ValueError:
+        raise ValueError(f"{name} is {value!r}, needs a whole number") from None
+
+
+def _address(coordinator: str) -> tuple[str, int]:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(
+            f"coordinator is {coordinator!r}, needs HOST:PORT, such as node1:1234"
+        )
+    return host.strip("[]"), int(port)
+
+
+def _start(group: Group, timeout: float) -> None:
+    if jax.config.jax_cpu_collectives_implementation is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if hasattr(jax.config, "jax_enable_preemption_service"):
+        # It would swallow SIGTERM; the loop has its own way to stop all together.
+        jax.config.update("jax_enable_preemption_service", False)
+    options = {
+        "initialization_timeout": round(timeout),
+        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+        "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
+    }
+    known = inspect.signature(jax.distributed.initialize).parameters
+    jax.distributed.initialize(
+        *group, **{name: value for name, value in options.items() if name in known}
+    )
+
+
+def _check_devices() -> None:
+    counts = [0] * jax.process_count()
+    for device in jax.devices():
+        counts[device.process_index] += 1
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"the processes have {counts} devices, needs the same number in each; on "
+            "CPU give --num-devices, on GPU choose with JAX_LOCAL_DEVICE_IDS"
+        )
+
+
+# --- one mind
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return jax.process_index() == 0
+
+
+def decide(choose: Callable[[], T]) -> T:
+    """Let process 0 choose for all.
+
+    Args:
+        choose: called in process 0 alone; what it returns must be plain JSON.
+
+    Returns:
+        What it returned, in every process.
+
+    Raises:
+        ValueError: in every process, if it raised one.
+    """
+    if jax.process_count() == 1:
+        return choose()
+    verdict: dict[str, Any] = {}
+    if is_first():
+        try:
+            verdict = {"value": choose()}
+        except ValueError as error:
+            verdict = {"refused": str(error)}
+    verdict = _from_first(verdict)
+    if "refused" in verdict:
+        raise ValueError(verdict["refused"])
+    return verdict["value"]
+
+
+def check_same(name: str, mine: dict[str, Any]) -> None:
+    """Refuse settings that differ from those of process 0.
+
+    Args:
+        name: what they are settings of.
+        mine: this process's, as plain JSON.
+
+    Raises:
+        ValueError: in the processes whose settings differ.
+    """
+    theirs = decide(lambda: mine)
+    for field in mine if json.dumps(theirs) != json.dumps(mine) else ():
+        if json.dumps(theirs.get(field)) != json.dumps(mine[field]):
+            raise ValueError(
+                f"{field} of {name} is {mine[field]!r} in process "
+                f"{jax.process_index()}, but {theirs.get(field)!r} in process 0; "
+                "start all processes with the same settings"
+            )
+
+
+def agree(number: int, pace: int) -> tuple[int, int]:
+    """The largest `number` of all processes, and process 0's `pace`."""
+    if jax.process_count() == 1:
+        return number, pace
+    mine = np.array([number, pace], np.int32)
+    table = np.asarray(multihost_utils.process_allgather(mine))
+    return int(table[:, 0].max()), int(table[0, 1])
+
+
+def wait_for_all(reached: str) -> None:
+    """Wait until every process has come to the same place."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(reached)
+
+
+def _from_first(message: Any) -> Any:
+    """Process 0's message, as a text of a length that few programs are compiled for."""
+    text = np.frombuffer(json.dumps(message).encode(), np.uint8)
+    length = multihost_utils.broadcast_one_to_all(np.array(len(text), np.int32))
+    padded = np.zeros(1 << max(int(length) - 1, 1023).bit_length(), np.uint8)
+    if is_first():
+        padded[: len(text)] = text
+    padded = np.asarray(multihost_utils.broadcast_one_to_all(padded))
+    return json.loads(padded[: int(length)].tobytes())
+
+
+# --- the end
+
+
+def advise(cure: str) -> None:
+    """What to tell a person to do when another process dies."""
+    _session.advice = cure
+
+
+def news(seconds: float = 1.0) -> bool:
+    """Whether another process has ended, so that an error here is only its echo.
+
+    Args:
+        seconds: how long to wait for it.
+    """
+    return _session.lifeline is not None and _session.trouble.wait(seconds)
+
+
+def give_up(reason: str, code: int = 1) -> None:
+    """End this process at once and tell the others; do nothing where there are none.
+
+    JAX would wait for the others before it let this one go, and they for this one.
+
+    Args:
+        reason: what the others print.
+        code: exit code of this process.
+    """
+    if _session.lifeline is None:
+        return
+    _session.lifeline.fail(reason)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _on_end(process: int, reason: str | None) -> None:
+    """Another process has failed or died."""
+    who = f"process {process} of {_session.num_processes}"
+    if reason is None:
+        # Said at once: JAX may abort this process any moment.
+        _session.trouble.set()
+        cure = _session.advice or "start all processes again"
+        _cry(f"{who} has died, and the others cannot go on without it; {cure}")
+        time.sleep(SECONDS_TO_FINISH)
+    else:
+        # Most likely this process is about to say the same.
+        time.sleep(SECONDS_TO_FINISH)
+        _session.trouble.set()
+        _cry(f"{who} has failed: {reason}")
+    os._exit(1)
+
+
+def _cry(sentence: str) -> None:
+    os.write(2, f"jaxpg: error: {sentence}\n".encode())
+
+
+def _give_up_after(hook: Callable[..., Any]) -> Callable[..., Any]:
+    def end(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        news()
+        hook(kind, error, trace)
+        give_up(str(error) or kind.__name__)
+
+    return end
