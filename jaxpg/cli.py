@@ -96,12 +96,11 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _complain(error: BaseException, code: int, debug: bool) -> int:
-    already_told = distributed.news()
     if debug:
         traceback.print_exception(error)
     message = str(error) or type(error).__name__
-    if not already_told:
-        print(f"jaxpg: error: {message}", file=sys.stderr)
+    if told := distributed.explain(message):
+        print(f"jaxpg: error: {told}", file=sys.stderr)
     distributed.give_up(message, code)
     return code
 

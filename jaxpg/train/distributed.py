@@ -38,10 +38,10 @@ __all__ = [
     "check_same",
     "connect",
     "decide",
+    "explain",
     "find_group",
     "give_up",
     "is_first",
-    "news",
     "wait_for_all",
 ]
 
@@ -50,6 +50,7 @@ T = TypeVar("T")
 SECONDS_TO_MEET = 120.0
 HEARTBEAT_SECONDS = 30
 SHUTDOWN_SECONDS = 60
+SECONDS_FOR_NEWS = 1.0
 SECONDS_TO_FINISH = 3.0
 """What the main thread gets to finish a file, or to tell the error in its own words."""
 
@@ -61,13 +62,11 @@ class Group(NamedTuple):
         coordinator: HOST:PORT of process 0.
         num_processes: how many there are.
         process_id: this one.
-        local_device_ids: devices of this host that are this process's; None for all.
     """
 
     coordinator: str
     num_processes: int
     process_id: int
-    local_device_ids: Any = None
 
 
 class _Session:
@@ -77,6 +76,9 @@ class _Session:
     num_processes = 1
     advice = ""
     trouble = threading.Event()
+    sentence = ""
+    reason: str | None = None
+    told = False
 
 
 _session = _Session()
@@ -110,8 +112,10 @@ def connect(
     group = find_group(coordinator, num_processes, process_id)
     if group.num_processes == 1:
         return
+    if _session.lifeline is not None or jax.distributed.is_initialized():
+        raise ValueError("this process is connected already, needs to be so once only")
     host, port = _address(group.coordinator)
-    _session.lifeline = meet(host, port, *group[1:3], timeout)
+    _session.lifeline = meet(host, port, *group[1:], timeout)
     _session.num_processes = group.num_processes
     _session.lifeline.watch(_on_end)
     # Behind JAX's own in time, and so before it in order: it would wait for the dead.
@@ -142,20 +146,14 @@ def find_group(
     Raises:
         ValueError: if something is missing or cannot be.
     """
-    # JAX has no public name for what it finds. This one is older than JAX 0.8.
-    from jax._src.clusters import ClusterEnv
-
-    environment = os.environ
-    found = ClusterEnv.auto_detect_unset_distributed_params(
-        coordinator or environment.get("JAX_COORDINATOR_ADDRESS"),
+    found: list[Any] = [
+        coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
         _whole(num_processes, "JAX_NUM_PROCESSES"),
         _whole(process_id, "JAX_PROCESS_ID"),
-        None,
-        None,
-        int(SECONDS_TO_MEET),
-    )
-    names = ("coordinator", "num_processes", "process_id")
-    for name, value in zip(names, found[:3], strict=True):
+    ]
+    if None in found:
+        found = _ask_the_cluster(found)
+    for name, value in zip(Group._fields, found, strict=True):
         if value is None:
             raise ValueError(
                 f"{name} is not given, and there is no SLURM, MPI, Kubernetes or TPU "
@@ -168,6 +166,14 @@ def find_group(
     check_range("process_id", group.process_id, 0, group.num_processes - 1)
     _address(group.coordinator)
     return group
+
+
+def _ask_the_cluster(known: list[Any]) -> list[Any]:
+    # JAX has no public name for what it finds. This one is older than JAX 0.8.
+    from jax._src.clusters import ClusterEnv
+
+    detect: Any = ClusterEnv.auto_detect_unset_distributed_params
+    return list(detect(*known, None, None, round(SECONDS_TO_MEET))[:3])
 
 
 def _whole(given: int | None, name: str) -> int | None:
@@ -193,7 +199,7 @@ def _start(group: Group, timeout: float) -> None:
     if hasattr(jax.config, "jax_enable_preemption_service"):
         # It would swallow SIGTERM; the loop has its own way to stop all together.
         jax.config.update("jax_enable_preemption_service", False)
-    options = {
+    options: dict[str, Any] = {
         "initialization_timeout": round(timeout),
         "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
         "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
@@ -303,13 +309,22 @@ def advise(cure: str) -> None:
     _session.advice = cure
 
 
-def news(seconds: float = 1.0) -> bool:
-    """Whether another process has ended, so that an error here is only its echo.
+def explain(message: str) -> str:
+    """What to tell a person of an error here, when it may be the echo of another's end.
 
     Args:
-        seconds: how long to wait for it.
+        message: of the error.
+
+    Returns:
+        The message itself, or that another process failed and why; empty where that
+        was told already.
     """
-    return _session.lifeline is not None and _session.trouble.wait(seconds)
+    if _session.lifeline is None or not _session.trouble.wait(SECONDS_FOR_NEWS):
+        return message
+    _session.told = True
+    if _session.reason is None:
+        return ""
+    return message if message == _session.reason else _session.sentence
 
 
 def give_up(reason: str, code: int = 1) -> None:
@@ -323,9 +338,11 @@ def give_up(reason: str, code: int = 1) -> None:
     """
     if _session.lifeline is None:
         return
-    _session.lifeline.fail(reason)
     sys.stdout.flush()
     sys.stderr.flush()
+    # When process 0 ends, JAX aborts the others: first they shall say why.
+    waits = jax.process_index() == 0 and not _session.trouble.is_set()
+    _session.lifeline.fail(reason, 2 * SECONDS_TO_FINISH if waits else 0.0)
     os._exit(code)
 
 
@@ -333,16 +350,16 @@ def _on_end(process: int, reason: str | None) -> None:
     """Another process has failed or died."""
     who = f"process {process} of {_session.num_processes}"
     if reason is None:
-        # Said at once: JAX may abort this process any moment.
-        _session.trouble.set()
         cure = _session.advice or "start all processes again"
-        _cry(f"{who} has died, and the others cannot go on without it; {cure}")
-        time.sleep(SECONDS_TO_FINISH)
+        sentence = f"{who} has died, and the others cannot go on without it; {cure}"
+        _cry(sentence)  # at once: JAX may abort this process any moment
     else:
-        # Most likely this process is about to say the same.
-        time.sleep(SECONDS_TO_FINISH)
-        _session.trouble.set()
-        _cry(f"{who} has failed: {reason}")
+        sentence = f"{who} has failed: {reason}"
+    _session.sentence, _session.reason = sentence, reason
+    _session.trouble.set()
+    time.sleep(SECONDS_TO_FINISH)  # most likely the main thread ends meanwhile
+    if reason is not None and not _session.told:
+        _cry(sentence)
     os._exit(1)
 
 
@@ -354,8 +371,10 @@ def _give_up_after(hook: Callable[..., Any]) -> Callable[..., Any]:
     def end(
         kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        news()
+        message = str(error) or kind.__name__
         hook(kind, error, trace)
-        give_up(str(error) or kind.__name__)
+        if (told := explain(message)) not in ("", message):
+            _cry(told)
+        give_up(message)
 
     return end

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = ["Lifeline", "meet"]
 
@@ -29,7 +29,32 @@ LONGEST_LINE = 65536
 LEFT: dict[str, Any] = {"left": True}
 WELCOME: dict[str, Any] = {"welcome": True}
 
-Connection = tuple[socket.socket, Any]
+
+class Connection(NamedTuple):
+    """A socket, and its incoming lines."""
+
+    socket: socket.socket
+    reader: Any
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send one line; what cannot be sent has no one to hear it."""
+        with contextlib.suppress(OSError):
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next line; None if there is none to come or it makes no sense."""
+        try:
+            message = json.loads(self.reader.readline(LONGEST_LINE))
+        except (OSError, ValueError):
+            return None
+        return message if isinstance(message, dict) else None
+
+    def close(self) -> None:
+        """Hang up, also where a thread still listens."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.reader.close()
+        self.socket.close()
 
 
 class Lifeline:
@@ -41,6 +66,7 @@ class Lifeline:
 
     def __init__(self, connections: dict[int, Connection]) -> None:
         self._connections = connections
+        self._threads: list[threading.Thread] = []
         self._over = False
 
     def watch(self, on_end: Callable[[int, str | None], None]) -> None:
@@ -50,24 +76,43 @@ class Lifeline:
             on_end: gets the process and why it failed, None if it died without a word;
                 called in a thread of its own.
         """
-        for peer, (_, reader) in self._connections.items():
-            arguments = (peer, reader, on_end)
-            threading.Thread(target=self._listen, args=arguments, daemon=True).start()
+        for peer, connection in self._connections.items():
+            arguments = (peer, connection, on_end)
+            thread = threading.Thread(target=self._listen, args=arguments, daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def leave(self) -> None:
         """Tell the others that this process is done and may end."""
         self._over = True
         self._tell(LEFT)
 
-    def fail(self, reason: str) -> None:
-        """Tell the others that this process cannot go on."""
+    def fail(self, reason: str, patience: float = 0.0) -> None:
+        """Tell the others that this process cannot go on.
+
+        Args:
+            reason: why.
+            patience: how long to wait until they have ended, in seconds.
+        """
         self._over = True
         self._tell({"failed": reason})
+        deadline = time.monotonic() + patience
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+
+    def close(self) -> None:
+        """Hang up without a word."""
+        self._over = True
+        for connection in self._connections.values():
+            connection.close()
 
     def _listen(
-        self, peer: int, reader: Any, on_end: Callable[[int, str | None], None]
+        self,
+        peer: int,
+        connection: Connection,
+        on_end: Callable[[int, str | None], None],
     ) -> None:
-        farewell = _receive(reader)
+        farewell = connection.receive()
         if farewell == LEFT or self._over:
             return
         self._over = True
@@ -80,10 +125,9 @@ class Lifeline:
         on_end(process, reason)
 
     def _tell(self, message: dict[str, Any], but: int | None = None) -> None:
-        for peer, (connection, _) in self._connections.items():
+        for peer, connection in self._connections.items():
             if peer != but:
-                with contextlib.suppress(OSError):
-                    _send(connection, message)
+                connection.send(message)
 
 
 def meet(
@@ -117,22 +161,22 @@ def _gather(
 ) -> dict[int, Connection]:
     """Process 0's part: take in the others, or tell all why not."""
     come: dict[int, Connection] = {}
-    refused: Connection | None = None
+    last: Connection | None = None
     try:
         with _listener(host, port) as listener:
             while len(come) < num_processes - 1:
-                refused, hello = _next_hello(listener, deadline)
-                if refused is None:
+                last, hello = _next_hello(listener, deadline)
+                if last is None:
                     raise ValueError(_missing(come, num_processes, timeout))
                 _check_hello(hello, come, num_processes)
-                come[hello["process_id"]] = refused
+                come[hello["process_id"]] = last
     except ValueError as error:
-        for connection, _ in [*come.values(), *([refused] if refused else [])]:
-            with contextlib.suppress(OSError):
-                _send(connection, {"refused": str(error)})
+        for connection in [*come.values(), *([last] if last else [])]:
+            connection.send({"refused": str(error)})
+            connection.close()
         raise
-    for connection, _ in come.values():
-        _send(connection, WELCOME)
+    for connection in come.values():
+        connection.send(WELCOME)
     return come
 
 
@@ -157,15 +201,15 @@ def _next_hello(
     while (seconds := deadline - time.monotonic()) > 0:
         listener.settimeout(seconds)
         try:
-            connection, _ = listener.accept()
+            accepted, _ = listener.accept()
         except TimeoutError:
             break
-        connection.settimeout(SECONDS_FOR_HELLO)
-        reader = connection.makefile("rb")
-        hello = _receive(reader)
+        accepted.settimeout(SECONDS_FOR_HELLO)
+        connection = Connection(accepted, accepted.makefile("rb"))
+        hello = connection.receive()
         if hello is not None and {"process_id", "num_processes"} <= set(hello):
-            _keep_open(connection)
-            return (connection, reader), hello
+            _keep_open(accepted)
+            return connection, hello
         connection.close()  # a stranger
     return None, {}
 
@@ -199,24 +243,23 @@ def _join(
     host: str, port: int, hello: dict[str, Any], deadline: float, timeout: float
 ) -> Connection:
     """Every other process's part: come to process 0 and wait for its answer."""
-    connection = _reach(host, port, deadline, timeout)
+    reached = _reach(host, port, deadline, timeout)
     # Process 0 decides when time is over; this is for one that does not answer.
-    connection.settimeout(max(deadline - time.monotonic(), 0.0) + timeout)
-    reader = connection.makefile("rb")
-    answer = None
-    with contextlib.suppress(OSError):
-        _send(connection, hello)
-        answer = _receive(reader)
+    reached.settimeout(max(deadline - time.monotonic(), 0.0) + timeout)
+    connection = Connection(reached, reached.makefile("rb"))
+    connection.send(hello)
+    answer = connection.receive()
+    if answer == WELCOME:
+        _keep_open(reached)
+        return connection
+    connection.close()
     if answer is not None and "refused" in answer:
         raise ValueError(answer["refused"])
-    if answer != WELCOME:
-        raise ValueError(
-            f"coordinator is {host}:{port}, where something answers that is no process "
-            "0 waiting for others; needs one that is started at the same time, with "
-            "the same num_processes"
-        )
-    _keep_open(connection)
-    return connection, reader
+    raise ValueError(
+        f"coordinator is {host}:{port}, where something answers that is no process 0 "
+        "waiting for others; needs one that is started at the same time, with the same "
+        "num_processes"
+    )
 
 
 def _reach(host: str, port: int, deadline: float, timeout: float) -> socket.socket:
@@ -242,16 +285,3 @@ def _keep_open(connection: socket.socket) -> None:
         option = getattr(socket, f"TCP_KEEP{name}", None)
         if option is not None:
             connection.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    connection.sendall(json.dumps(message).encode() + b"\n")
-
-
-def _receive(reader: Any) -> dict[str, Any] | None:
-    """The next line; None if there is none to come or it makes no sense."""
-    try:
-        message = json.loads(reader.readline(LONGEST_LINE))
-    except (OSError, ValueError):
-        return None
-    return message if isinstance(message, dict) else None

@@ -222,9 +222,11 @@ def initial_seeds(config: TrainConfig) -> np.ndarray:
 
 def initial_state(run: Run) -> TrainState:
     """The state before the first update, placed on the run's devices."""
-    init = run.program.init.lower(initial_seeds(run.config)).compile()
+    init: Any = run.program.init
+    seeds = initial_seeds(run.config)
+    compiled = init.lower(seeds).compile()
     wait_for_all("the initial state is compiled")
-    return init(initial_seeds(run.config))
+    return compiled(seeds)
 
 
 def restore_state(run: Run, step: int) -> TrainState:

@@ -88,7 +88,9 @@ def usual_device_count(**counts: int) -> int:
     """
     processes = jax.process_count()
     for name, count in counts.items():
-        check_divides("the number of processes", processes, name, count)
+        more = -(-count // processes) * processes
+        cure = f"take {name} = {more}"
+        check_divides("the number of processes", processes, name, count, cure)
     shares = (count // processes for count in counts.values())
     return processes * largest_device_count(jax.local_device_count(), *shares)
 
