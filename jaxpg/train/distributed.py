@@ -74,6 +74,7 @@ class _Session:
 
     lifeline: Lifeline | None = None
     num_processes = 1
+    process_id = 0
     advice = ""
     trouble = threading.Event()
     sentence = ""
@@ -116,7 +117,7 @@ def connect(
         raise ValueError("this process is connected already, needs to be so once only")
     host, port = _address(group.coordinator)
     _session.lifeline = meet(host, port, *group[1:], timeout)
-    _session.num_processes = group.num_processes
+    _session.num_processes, _session.process_id = group[1:]
     _session.lifeline.watch(_on_end)
     # Behind JAX's own in time, and so before it in order: it would wait for the dead.
     atexit.register(_session.lifeline.leave)
@@ -341,7 +342,7 @@ def give_up(reason: str, code: int = 1) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     # When process 0 ends, JAX aborts the others: first they shall say why.
-    waits = jax.process_index() == 0 and not _session.trouble.is_set()
+    waits = _session.process_id == 0 and not _session.trouble.is_set()
     _session.lifeline.fail(reason, 2 * SECONDS_TO_FINISH if waits else 0.0)
     os._exit(code)
 
