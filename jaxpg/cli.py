@@ -20,6 +20,7 @@ from jaxpg._checks import check_choice, check_positive
 from jaxpg._version import __version__
 from jaxpg.algos.registry import RECIPES
 from jaxpg.train import distributed
+from jaxpg.train.agreement import is_first
 from jaxpg.train.config import ALGORITHMS, TrainConfig
 from jaxpg.train.tuned import tuned
 
@@ -282,7 +283,7 @@ def _use_compilation_cache() -> None:
 
 
 def _report(result: Any) -> int:
-    if distributed.is_first():
+    if is_first():
         _print_report(result)
     return 0 if result.stopped_by is None else 128 + result.stopped_by
 

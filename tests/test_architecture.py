@@ -92,6 +92,7 @@ LAYERS = {
         "algos",
     ],
     "training": [
+        "train.agreement",
         "train.lifeline",
         "train.distributed",
         "train.sharding",

@@ -20,6 +20,7 @@ import pytest
 
 from jaxpg.cli import main
 from jaxpg.train import distributed, lifeline, sharding
+from jaxpg.train.agreement import agree, decide
 from jaxpg.train.lifeline import Lifeline, meet
 from jaxpg.train.log import read_rows
 from jaxpg.train.loop import resume, train
@@ -270,8 +271,8 @@ def test_alone_there_is_nothing_to_connect(environment):
     environment()
     distributed.connect("a:1", 1, 0)
     assert not jax.distributed.is_initialized()
-    assert distributed.decide(lambda: "mine") == "mine"
-    assert distributed.agree(15, 3) == (15, 3)
+    assert decide(lambda: "mine") == "mine"
+    assert agree(15, 3) == (15, 3)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +358,11 @@ class Pair(NamedTuple):
 
     def outcomes(self):
         """Wait for their end; (code, out, err) of each."""
-        outputs = [process.communicate(timeout=100) for process in self.processes]
+        try:
+            outputs = [process.communicate(timeout=100) for process in self.processes]
+        finally:
+            for process in self.processes:  # none may outlive a test that fails
+                process.kill()
         codes = [process.returncode for process in self.processes]
         return [(c, *o) for c, o in zip(codes, outputs, strict=True)]
 

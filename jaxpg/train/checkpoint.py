@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from jaxpg._checks import check_positive
-from jaxpg.train.distributed import is_first, wait_for_all
+from jaxpg.train.agreement import is_first, wait_for_all
 from jaxpg.train.provenance import read_json, write_json_atomically
 from jaxpg.train.sharding import gather
 from jaxpg.types import PyTree

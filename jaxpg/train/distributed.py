@@ -4,9 +4,8 @@
     distributed.connect("node1:1234", num_processes=2, process_id=0)   # 1 on the other
     jaxpg.train.loop.train(config)                                     # the same on all
 
-Every process runs the same program on its share of the devices. What concerns files,
-names, clocks and signals is decided by process 0 and told to the others (`decide`,
-`agree`), because two processes that go different ways wait for each other forever.
+Every process runs the same program on its share of the devices; `agreement` keeps them
+on the same way.
 
 When a process dies, the others end within seconds, with a sentence and exit code 1:
 they cannot go on, as part of the training state is gone. One that hangs or is cut off
@@ -15,37 +14,28 @@ is given up by JAX's own heartbeat.
 
 import atexit
 import inspect
-import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxpg._checks import check_positive, check_range
+from jaxpg.train.agreement import wait_for_all
 from jaxpg.train.lifeline import Lifeline, meet
 
 __all__ = [
     "Group",
     "advise",
-    "agree",
-    "check_same",
     "connect",
-    "decide",
     "explain",
     "find_group",
     "give_up",
-    "is_first",
-    "wait_for_all",
 ]
-
-T = TypeVar("T")
 
 SECONDS_TO_MEET = 120.0
 HEARTBEAT_SECONDS = 30
@@ -220,86 +210,6 @@ def _check_devices() -> None:
             f"the processes have {counts} devices, needs the same number in each; on "
             "CPU give --num-devices, on GPU choose with JAX_LOCAL_DEVICE_IDS"
         )
-
-
-# --- one mind
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return jax.process_index() == 0
-
-
-def decide(choose: Callable[[], T]) -> T:
-    """Let process 0 choose for all.
-
-    Args:
-        choose: called in process 0 alone; what it returns must be plain JSON.
-
-    Returns:
-        What it returned, in every process.
-
-    Raises:
-        ValueError: in every process, if it raised one.
-    """
-    if jax.process_count() == 1:
-        return choose()
-    verdict: dict[str, Any] = {}
-    if is_first():
-        try:
-            verdict = {"value": choose()}
-        except ValueError as error:
-            verdict = {"refused": str(error)}
-    verdict = _from_first(verdict)
-    if "refused" in verdict:
-        raise ValueError(verdict["refused"])
-    return verdict["value"]
-
-
-def check_same(name: str, mine: dict[str, Any]) -> None:
-    """Refuse settings that differ from those of process 0.
-
-    Args:
-        name: what they are settings of.
-        mine: this process's, as plain JSON.
-
-    Raises:
-        ValueError: in the processes whose settings differ.
-    """
-    theirs = decide(lambda: mine)
-    for field in mine if json.dumps(theirs) != json.dumps(mine) else ():
-        if json.dumps(theirs.get(field)) != json.dumps(mine[field]):
-            raise ValueError(
-                f"{field} of {name} is {mine[field]!r} in process "
-                f"{jax.process_index()}, but {theirs.get(field)!r} in process 0; "
-                "start all processes with the same settings"
-            )
-
-
-def agree(number: int, pace: int) -> tuple[int, int]:
-    """The largest `number` of all processes, and process 0's `pace`."""
-    if jax.process_count() == 1:
-        return number, pace
-    mine = np.array([number, pace], np.int32)
-    table = np.asarray(multihost_utils.process_allgather(mine))
-    return int(table[:, 0].max()), int(table[0, 1])
-
-
-def wait_for_all(reached: str) -> None:
-    """Wait until every process has come to the same place."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(reached)
-
-
-def _from_first(message: Any) -> Any:
-    """Process 0's message, as a text of a length that few programs are compiled for."""
-    text = np.frombuffer(json.dumps(message).encode(), np.uint8)
-    length = multihost_utils.broadcast_one_to_all(np.array(len(text), np.int32))
-    padded = np.zeros(1 << max(int(length) - 1, 1023).bit_length(), np.uint8)
-    if is_first():
-        padded[: len(text)] = text
-    padded = np.asarray(multihost_utils.broadcast_one_to_all(padded))
-    return json.loads(padded[: int(length)].tobytes())
 
 
 # --- the end

@@ -24,8 +24,9 @@ import numpy as np
 from jaxpg.envs.base import Environment
 from jaxpg.networks import Network
 from jaxpg.policies import Policy
+from jaxpg.train.agreement import agree, decide, is_first, wait_for_all
 from jaxpg.train.config import TrainConfig
-from jaxpg.train.distributed import advise, agree, decide, is_first, wait_for_all
+from jaxpg.train.distributed import advise
 from jaxpg.train.evaluate import make_evaluator, summarize
 from jaxpg.train.log import Row, RunLog, read_metrics, read_rows
 from jaxpg.train.program import MAX_UPDATES_PER_CALL, TrainState

@@ -23,9 +23,9 @@ from jaxpg import envs
 from jaxpg.envs.base import Environment, with_time_limit
 from jaxpg.networks import Network
 from jaxpg.policies import Policy
+from jaxpg.train.agreement import check_same, decide, wait_for_all
 from jaxpg.train.checkpoint import CheckpointStore
 from jaxpg.train.config import TrainConfig, config_from_json, config_to_json
-from jaxpg.train.distributed import check_same, decide, wait_for_all
 from jaxpg.train.models import build_critic, build_policy
 from jaxpg.train.program import (
     Program,
