@@ -141,7 +141,7 @@ def measure(row: Row) -> dict[str, Any]:
         began = time.perf_counter()
         trained = train(config, show=False)
         seconds = time.perf_counter() - began
-        run = open_run(trained.folder, one_device=True)
+        run = open_run(trained.folder, num_devices=1)
         _, trees = load_params(run)
         drawn, greedy = (played(run, trees, row, how) for how in (False, True))
         abroad = in_gymnasium(run, trees[0]) if row.env in IN_GYMNASIUM else None

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (143 if terminated)
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import sys
 import traceback
@@ -18,12 +19,17 @@ import tyro
 from jaxpg._checks import check_choice, check_positive
 from jaxpg._version import __version__
 from jaxpg.algos.registry import RECIPES
+from jaxpg.train import distributed
+from jaxpg.train.agreement import is_first
 from jaxpg.train.config import ALGORITHMS, TrainConfig
 from jaxpg.train.tuned import tuned
 
 __all__ = ["main"]
 
 EVALUATION = 0xE7A1
+
+FREE_ON_RESUME = ("num_updates", "num_devices")
+"""Settings that a run may be continued with other values of."""
 
 Sweep = tuple[tuple[str, tuple[float, ...]], ...]
 
@@ -35,6 +41,7 @@ Policy gradients in JAX.
 commands:
   train [ALGORITHM]        train a policy (default: reinforce on CartPole-v1)
   train --resume RUN       continue an interrupted or finished run
+  train --distributed      as one of several processes, usually on several hosts
   eval RUN                 evaluate a trained policy on whole episodes
   list envs|algorithms     what there is to choose from
 
@@ -93,7 +100,9 @@ def _complain(error: BaseException, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     message = str(error) or type(error).__name__
-    print(f"jaxpg: error: {message}", file=sys.stderr)
+    if told := distributed.explain(message):
+        print(f"jaxpg: error: {told}", file=sys.stderr)
+    distributed.give_up(message, code)
     return code
 
 
@@ -108,24 +117,45 @@ class TrainOptions:
     config: TrainConfig
     resume: Path | None = None
     """Folder of a run to continue from its last checkpoint. Its settings hold; only
-    --num-updates may be given a new value."""
+    --num-updates and --num-devices may be given new values."""
     from_update: int | None = None
     """With --resume: go on from the checkpoint of this update and drop later ones, for
     example because the last one is damaged."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder: the next start is faster."""
+    distributed: bool = False
+    """Be one of several processes of one run, each started with the same words but for
+    its number. SLURM, Open MPI, Kubernetes and TPU slices need no more than this."""
+    coordinator: str | None = None
+    """With --distributed: HOST:PORT of process 0, a port that is free there. Unset:
+    JAX_COORDINATOR_ADDRESS, or what the cluster says."""
+    num_processes: int | None = None
+    """With --distributed: how many processes there are. Unset: JAX_NUM_PROCESSES, or
+    what the cluster says."""
+    process_id: int | None = None
+    """With --distributed: which one this is, from 0. Unset: JAX_PROCESS_ID, or what the
+    cluster says."""
+    connect_timeout: float = 120.0
+    """With --distributed: seconds to wait for the other processes."""
+
+    def __post_init__(self) -> None:
+        for name in ("coordinator", "num_processes", "process_id"):
+            if getattr(self, name) is not None and not self.distributed:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} is for --distributed, which is not given")
 
 
 def _train(words: list[str]) -> int:
     algorithm = words.pop(0) if words and not words[0].startswith("-") else "reinforce"
     options = _parse_train(algorithm, words)
-    _start_jax(options.config, options.compilation_cache)
+    _start_jax(options)
     from jaxpg.train.loop import resume, train
 
     if options.resume is not None:
         result = resume(
             options.resume,
             num_updates=options.config.num_updates,
+            num_devices=options.config.num_devices,
             from_update=options.from_update,
         )
     else:
@@ -153,9 +183,10 @@ def _parse_train(algorithm: str, words: list[str]) -> TrainOptions:
     default = dataclasses.replace(stored, sweep=())
     options = _parse(TrainOptions, words, program, TrainOptions(config=default))
     options = _with_sweep(options, sweep or stored.sweep)
-    length = options.config.num_updates
-    if options.config != dataclasses.replace(stored, num_updates=length):
-        changed = ", ".join(_differences(stored, options.config))
+    free = {name: getattr(options.config, name) for name in FREE_ON_RESUME}
+    expected = dataclasses.replace(stored, **free)
+    if options.config != expected:
+        changed = ", ".join(_differences(expected, options.config))
         raise UsageError(
             f"{options.resume} was trained with other settings ({changed}); leave them "
             "out, or start a new run without --resume"
@@ -214,8 +245,17 @@ def _differences(old: Any, new: Any) -> list[str]:
     return found
 
 
-def _start_jax(config: TrainConfig, use_cache: bool) -> None:
-    """Settings that JAX must know before its first computation."""
+def _start_jax(options: TrainOptions) -> None:
+    """What JAX must know before its first computation: settings, other processes."""
+    if not options.distributed:
+        _set_up_jax(options, 1)
+        return
+    mine = options.coordinator, options.num_processes, options.process_id
+    _set_up_jax(options, distributed.find_group(*mine).num_processes)
+    distributed.connect(*mine, timeout=options.connect_timeout)
+
+
+def _set_up_jax(options: TrainOptions, num_processes: int) -> None:
     import jax
 
     # Resuming to the bit needs sums in a fixed order; on CPU they are so anyway.
@@ -225,11 +265,10 @@ def _start_jax(config: TrainConfig, use_cache: bool) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Never fewer than cores: a resumed run must find as many as a new one.
+        own = math.ceil((options.config.num_devices or 1) / num_processes)
         with contextlib.suppress(RuntimeError):  # JAX runs already, with its devices
-            jax.config.update(
-                "jax_num_cpu_devices", max(config.num_devices or 1, cores)
-            )
-    if use_cache:
+            jax.config.update("jax_num_cpu_devices", max(own, cores))
+    if options.compilation_cache:
         _use_compilation_cache()
 
 
@@ -244,6 +283,12 @@ def _use_compilation_cache() -> None:
 
 
 def _report(result: Any) -> int:
+    if is_first():
+        _print_report(result)
+    return 0 if result.stopped_by is None else 128 + result.stopped_by
+
+
+def _print_report(result: Any) -> None:
     from jaxpg.train.progress import table
     from jaxpg.train.render import describe_sweep
 
@@ -252,7 +297,7 @@ def _report(result: Any) -> int:
             f"interrupted after update {result.update}; continue with: "
             f"jaxpg train --resume {result.folder}"
         )
-        return 128 + result.stopped_by
+        return
     if result.sweep:
         what = "Mean return, median (and quartiles) over seeds"
         table(what, describe_sweep(result.sweep))
@@ -262,7 +307,6 @@ def _report(result: Any) -> int:
     if result.evaluation and not result.sweep:  # a mean over settings means nothing
         means = [row["mean"] for row in result.evaluation]
         print(f"mean {sum(means) / len(means):.2f}")
-    return 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -297,7 +341,7 @@ def _eval(words: list[str]) -> int:
     from jaxpg.train.progress import table
     from jaxpg.train.run import load_params, open_run
 
-    run = open_run(options.run, one_device=True)
+    run = open_run(options.run, num_devices=1)
     update, trees = load_params(run, options.checkpoint)
     play = _make_player(run, options)
     rows = [

@@ -92,6 +92,10 @@ LAYERS = {
         "algos",
     ],
     "training": [
+        "train.agreement",
+        "train.lifeline",
+        "train.distributed",
+        "train.sharding",
         "train.provenance",
         "train.log",
         "train.checkpoint",
@@ -99,7 +103,6 @@ LAYERS = {
         "train.progress",
         "train.config",
         "train.tuned",
-        "train.sharding",
         "train.models",
         "train.program",
         "train.evaluate",

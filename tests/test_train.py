@@ -92,7 +92,7 @@ def contents(folder):
 
 
 def last_params(folder, which="latest", **own):
-    return load_params(open_run(folder, one_device=True, **own), which)[1]
+    return load_params(open_run(folder, num_devices=1, **own), which)[1]
 
 
 # --- what a run leaves behind

@@ -58,6 +58,8 @@ class Categorical(NamedTuple):
 
     def entropy(self) -> Float[Array, "*B"]:
         """-Σ p log p, in nats, between 0 and log A."""
+        if self.logits.shape[-1] <= _MAX_COLUMNS:
+            return _total(_entropy_term(x) for x in _log_prob_columns(self.logits))
         return _entropy(jax.nn.log_softmax(self.logits))
 
     def kl(self, other: "Categorical") -> Float[Array, "*B"]:
@@ -199,18 +201,24 @@ def _select_log_prob(
 ) -> Float[Array, "*B"]:
     num_actions = logits.shape[-1]
     if num_actions <= _MAX_COLUMNS:
-        columns = [logits[..., i] for i in range(num_actions)]
-        shift = jax.lax.stop_gradient(functools.reduce(jnp.maximum, columns))
-        total = _total(jnp.exp(column - shift) for column in columns)
-        chosen = jnp.full_like(shift, -jnp.inf)
+        columns = _log_prob_columns(logits)
+        chosen = jnp.full_like(columns[0], -jnp.inf)
         for i, column in enumerate(columns):
-            chosen = jnp.where(action == i, column - shift, chosen)
-        return chosen - jnp.log(total)
+            chosen = jnp.where(action == i, column, chosen)
+        return chosen
     number = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     hot = number == action.astype(jnp.int32)[..., None]
     # `where` and not a product, because 0 * -inf is NaN.
     log_prob = jnp.sum(jnp.where(hot, jax.nn.log_softmax(logits), 0.0), axis=-1)
     return jnp.where((action >= 0) & (action < num_actions), log_prob, -jnp.inf)
+
+
+def _log_prob_columns(logits: Float[Array, "*B A"]) -> list[Float[Array, "*B"]]:
+    """log p of each action: the same operations for whoever asks, so XLA makes one."""
+    columns = [logits[..., i] for i in range(logits.shape[-1])]
+    shift = jax.lax.stop_gradient(functools.reduce(jnp.maximum, columns))
+    log_total = jnp.log(_total(jnp.exp(column - shift) for column in columns))
+    return [column - shift - log_total for column in columns]
 
 
 def _invert_cdf(
@@ -251,6 +259,11 @@ def _uniform(key: PRNGKey, shape: tuple[int, ...], dtype: Any) -> Float[Array, "
     """
     dtype = draw_dtype(dtype)
     return jax.random.uniform(key, shape, dtype) + 0.5 * float(jnp.finfo(dtype).eps)
+
+
+def _entropy_term(log_prob: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    prob = jnp.exp(log_prob)
+    return -prob * jnp.where(prob > 0, log_prob, 0.0)
 
 
 def _entropy(log_probs: Float[Array, "*B A"]) -> Float[Array, "*B"]:

@@ -9,7 +9,9 @@ pickled, and reading runs no code.
 
 A step appears in the folder by one rename, and disappears by one, so a process killed
 at any moment leaves only whole checkpoints (and rubbish, which the next save sweeps).
-One run at a time may write to a folder; anyone may read it meanwhile.
+One run at a time may write to a folder; anyone may read it meanwhile. Of several
+processes the first one writes, whole arrays, so what is read does not depend on how
+many there were; each process reads all of it.
 """
 
 import json
@@ -19,14 +21,16 @@ import pathlib
 import re
 import shutil
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxpg._checks import check_positive
+from jaxpg.train.agreement import is_first, wait_for_all
 from jaxpg.train.provenance import read_json, write_json_atomically
+from jaxpg.train.sharding import gather
 from jaxpg.types import PyTree
 
 __all__ = ["CheckpointStore"]
@@ -60,6 +64,8 @@ class CheckpointStore:
     def save(self, step: int, state: PyTree, metric: float | None = None) -> None:
         """Write a checkpoint and return when it is on disk; then drop what is old.
 
+        Of several processes all must call it.
+
         Args:
             step: its number, not yet taken; usually the updates done so far.
             state: any tree of arrays, typed keys and Python numbers.
@@ -70,21 +76,21 @@ class CheckpointStore:
             ValueError: if the step is taken or negative, or a leaf is no array.
         """
         self._check_free(step)
+        state = gather(state)
         leaves = {name: _describe(name, leaf) for name, leaf in _named(state)}
         arrays = {n: _to_storage(leaf) for n, leaf in _named(state) if _size(leaves[n])}
         if not arrays:
             raise ValueError("state has no numbers in it, needs at least one array")
         finite = metric is not None and math.isfinite(metric)
-        staging = self.folder / f"{_SAVING}{step}"
-        if jax.process_index() == 0:
+        if is_first():
             self._sweep()
+            staging = self.folder / f"{_SAVING}{step}"
             staging.mkdir(parents=True)
-        _write_arrays(staging / "state", arrays)
-        if jax.process_index() == 0:
+            _write_arrays(staging / "state", arrays)
             _write_manifest(staging, leaves, metric if finite else None)
             os.rename(staging, self._path(step))
             self._retain()
-        _wait_for_all_hosts(f"checkpoint {step} is in place")
+        wait_for_all(f"checkpoint {step} is in place")
 
     def restore(self, template: PyTree, step: int | None = None) -> PyTree:
         """Read a checkpoint.
@@ -106,7 +112,7 @@ class CheckpointStore:
         self._check_intact(step)
         leaves = _read_manifest(self._path(step))["leaves"]
         self._check_template(step, leaves, template)
-        wanted = {n: leaf for n, leaf in _named(template) if _size(leaves[n])}
+        wanted = [name for name, _ in _named(template) if _size(leaves[name])]
         arrays = _read_arrays(self._path(step) / "state", wanted)
         rebuilt = [
             _from_storage(arrays.get(name), leaves[name], leaf)
@@ -137,10 +143,10 @@ class CheckpointStore:
         Args:
             step: the step that was restored.
         """
-        for later in reversed(self.steps()) if jax.process_index() == 0 else ():
+        for later in reversed(self.steps()) if is_first() else ():
             if later > step:
                 self._delete(later)
-        _wait_for_all_hosts(f"checkpoints later than {step} are gone")
+        wait_for_all(f"checkpoints later than {step} are gone")
 
     def _path(self, step: int) -> pathlib.Path:
         return self.folder / f"step_{step:010d}"
@@ -217,11 +223,6 @@ class CheckpointStore:
                 shutil.rmtree(path)
 
 
-def _wait_for_all_hosts(reached: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(reached)
-
-
 def _write_manifest(
     folder: pathlib.Path, leaves: dict[str, Any], metric: float | None
 ) -> None:
@@ -257,24 +258,32 @@ def _damage(folder: pathlib.Path) -> str | None:
     return None
 
 
+def _checkpointer() -> Any:
+    """Orbax for this process alone: with others it would wait for them."""
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() == 1:
+        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
+
+
 def _write_arrays(folder: pathlib.Path, arrays: dict[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays))
 
 
-def _read_arrays(folder: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
+def _read_arrays(folder: pathlib.Path, wanted: Iterable[str]) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
-    def how(leaf: Any) -> ocp.RestoreArgs:
-        if not _spans_hosts(leaf):
-            return ocp.RestoreArgs(restore_type=np.ndarray)
-        data = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        return ocp.ArrayRestoreArgs(sharding=data.sharding, global_shape=data.shape)
-
-    args = {name: how(leaf) for name, leaf in wanted.items()}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
+    with _checkpointer() as checkpointer:
         return checkpointer.restore(
             folder, args=ocp.args.PyTreeRestore(restore_args=args)
         )
@@ -312,10 +321,9 @@ def _size(leaf: dict[str, Any]) -> int:
 
 
 def _to_storage(leaf: Any) -> Any:
-    """The leaf as numbers on this host, as far as this host can see them."""
-    data = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    """The leaf as numbers of this process."""
     # NumPy arrays take orbax half the time that JAX's take.
-    return data if _spans_hosts(data) else np.asarray(data)
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
 def _from_storage(array: Any, leaf: dict[str, Any], template: Any) -> Any:
@@ -334,15 +342,9 @@ def _from_storage(array: Any, leaf: dict[str, Any], template: Any) -> Any:
             array = jax.random.wrap_key_data(array, impl=leaf["impl"])
         # An array that JAX may move has no home, and must not get one.
         home = template.sharding if getattr(template, "committed", True) else None
-        return array if _spans_hosts(array) else jax.device_put(array, home)
+        return jax.device_put(array, home)
 
 
 def _is_key(leaf: Any) -> bool:
     dtype = getattr(leaf, "dtype", np.dtype(bool))
     return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-
-
-def _spans_hosts(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and not (
-        leaf.is_fully_addressable or leaf.is_fully_replicated
-    )

@@ -96,8 +96,9 @@ class TrainConfig:
     policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
     """Settings of the networks."""
     num_devices: int | None = None
-    """Devices that share the environments. Unset: all of them, on CPU one per core, as
-    far as they divide the environments and each has 8 of them or more."""
+    """Devices that share the environments, over all processes and the same number of
+    each. Unset: all of them, on CPU one per core, as far as they divide the
+    environments and each has 8 of them or more."""
     checkpoint_every: int = 20
     """Updates between checkpoints; there is always one at the end."""
     keep_checkpoints: int = 3

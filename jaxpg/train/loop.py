@@ -2,6 +2,9 @@
 
     advance n updates -> log their rows -> checkpoint where one is due -> show -> again
 
+Of several processes the first one decides when, and alone writes and prints; all go
+through the same steps.
+
 Rows are on disk before their checkpoint is, and a resumed run drops the rows that its
 checkpoint has not seen, so no line is lost or repeated wherever the process died.
 How many updates are made between visits changes no bit of the result.
@@ -21,7 +24,9 @@ import numpy as np
 from jaxpg.envs.base import Environment
 from jaxpg.networks import Network
 from jaxpg.policies import Policy
+from jaxpg.train.agreement import agree, decide, is_first, wait_for_all
 from jaxpg.train.config import TrainConfig
+from jaxpg.train.distributed import advise
 from jaxpg.train.evaluate import make_evaluator, summarize
 from jaxpg.train.log import Row, RunLog, read_metrics, read_rows
 from jaxpg.train.program import MAX_UPDATES_PER_CALL, TrainState
@@ -112,6 +117,7 @@ def resume(
     folder: Path | str,
     *,
     num_updates: int | None = None,
+    num_devices: int | None = None,
     from_update: int | None = None,
     env: Environment | None = None,
     policy: Policy | None = None,
@@ -120,9 +126,13 @@ def resume(
 ) -> RunResult:
     """Continue a run from its last checkpoint, to the same bits as without a break.
 
+    On another number of devices or processes it continues to the same results but for
+    the rounding of sums.
+
     Args:
         folder: of the run.
         num_updates: a new length for the run; None keeps it.
+        num_devices: devices from now on, over all processes; None keeps their number.
         from_update: go on from this checkpoint and drop later ones; None for the last.
         env: as for `train`, if the run was made with one.
         policy: as for `train`, if the run was made with one.
@@ -136,12 +146,15 @@ def resume(
         ValueError: if the folder holds no run or a checkpoint is damaged.
         NonFiniteError: if parameters or gradients become NaN or infinite.
     """
-    run = open_run(folder, env, policy, critic, num_updates=num_updates)
-    for difference in differences(run.provenance, describe()):
+    run = open_run(
+        folder, env, policy, critic, num_updates=num_updates, num_devices=num_devices
+    )
+    for difference in differences(run.provenance, describe()) if is_first() else ():
         warnings.warn(
             f"this run may not continue to the same bits: {difference}", stacklevel=2
         )
-    step = run.checkpoints.latest_step() if from_update is None else from_update
+    latest = decide(run.checkpoints.latest_step)
+    step = latest if from_update is None else from_update
     state = initial_state(run) if step is None else restore_state(run, step)
     step = step or 0
     if run.config.num_updates < step:
@@ -150,10 +163,12 @@ def resume(
             f"already; needs at least {step}"
         )
     # Only now that the checkpoint was read is anything on disk touched.
+    wait_for_all("the checkpoint is read")
     run.checkpoints.rewind(step)
-    RunLog(run.folder).rewind(step)
-    if num_updates is not None:
-        store_config(run)  # a later resume goes on to the new length
+    if is_first():
+        RunLog(run.folder).rewind(step)
+        if (num_updates, num_devices) != (None, None):
+            store_config(run)  # a later resume goes on like this one
     _say(show, f"run folder: {run.folder} (continued from update {step})")
     return _finish(run, *_loop(run, state, step, show), show)
 
@@ -163,13 +178,15 @@ def _loop(
 ) -> tuple[int, int | None]:
     """Advance the run to its end or to a signal; returns where it stopped and why."""
     config = run.config
-    log = RunLog(run.folder)
+    log = RunLog(run.folder) if is_first() else None
     env_steps = env_steps_so_far(run)
-    progress = make_progress(show, update, config.num_updates)
-    pace = 1
+    progress = make_progress(show and is_first(), update, config.num_updates)
+    advise(f"continue the run with: jaxpg train --resume {run.folder}")
+    pace, stopped_by = 1, 0
     try:
         advance = run.program.advance.lower(state, np.int32(1)).compile()
-        with _signals() as stopped_by:
+        wait_for_all("the program is compiled")
+        with _signals() as received:
             while update < config.num_updates and not stopped_by:
                 due = config.checkpoint_every - update % config.checkpoint_every
                 count = min(pace, due, config.num_updates - update)
@@ -178,7 +195,9 @@ def _loop(
                 columns = {name: np.asarray(x)[:count] for name, x in metrics.items()}
                 seconds = time.perf_counter() - began
                 trouble = find_non_finite(run, columns, update)
-                log.append(to_rows(run, columns, update, env_steps, seconds))
+                rows = to_rows(run, columns, update, env_steps, seconds)
+                if log is not None:
+                    log.append(rows)
                 if trouble:
                     raise NonFiniteError(trouble)
                 update += count
@@ -187,14 +206,23 @@ def _loop(
                 progress.show(
                     _glance(config, columns, env_steps, update, count, seconds)
                 )
-                pace = _next_pace(count, seconds)
+                stopped_by, pace = agree(max(received), _next_pace(count, seconds))
             _checkpoint(run, state, update)
     finally:
         progress.close()
-    return update, stopped_by[0] if stopped_by else None
+    return update, stopped_by or None
 
 
 def _finish(run: Run, update: int, stopped_by: int | None, show: bool) -> RunResult:
+    evaluation, sweep = decide(lambda: _look_back(run, stopped_by))
+    metrics = read_metrics(run.folder)
+    return RunResult(run.folder, update, metrics, evaluation, stopped_by, sweep)
+
+
+def _look_back(
+    run: Run, stopped_by: int | None
+) -> tuple[list[dict[str, float]], list[dict[str, float | None]]]:
+    """Pictures, evaluation and the table of what was swept."""
     folder = run.folder
     rows = read_rows(folder)
     if _learned(rows):
@@ -204,9 +232,7 @@ def _finish(run: Run, update: int, stopped_by: int | None, show: bool) -> RunRes
     if run.config.eval_episodes and stopped_by is None:
         evaluation = _evaluate_all_seeds(run)
         write_json_atomically(folder / "evaluation.json", _finite(evaluation))
-    sweep = _keep_sweep(run, rows, evaluation)
-    metrics = read_metrics(folder)
-    return RunResult(folder, update, metrics, evaluation, stopped_by, sweep)
+    return evaluation, _keep_sweep(run, rows, evaluation)
 
 
 def _title(run: Run) -> str:
@@ -254,7 +280,7 @@ def _finite(rows: list[dict[str, float]]) -> list[dict[str, float | None]]:
 
 
 def _checkpoint(run: Run, state: TrainState, update: int) -> None:
-    if update in run.checkpoints.steps():
+    if decide(lambda: update in run.checkpoints.steps()):
         return
     rows = [row for row in read_rows(run.folder) if row["update"] == update]
     known = [float(r["mean_return"]) for r in rows if r["mean_return"] is not None]
@@ -295,10 +321,10 @@ def _next_pace(count: int, seconds: float) -> int:
 @contextmanager
 def _signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM, to end between visits; a second one ends at once."""
-    received: list[int] = []
+    received = [0]  # no signal has this number
 
     def remember(number: int, frame: Any) -> None:
-        if received:
+        if any(received):
             raise KeyboardInterrupt
         received.append(number)
 
@@ -315,5 +341,5 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _say(show: bool, line: str) -> None:
-    if show:
+    if show and is_first():
         print(line, flush=True)

@@ -7,7 +7,8 @@
     evaluation.json        the evaluation at the end
 
 Opening a run reads arrays and JSON and executes nothing from it. An environment or a
-policy of your own is not stored; pass it again.
+policy of your own is not stored; pass it again. Of several processes the first one
+writes; the others need the folder only to resume, and then must see it too.
 """
 
 import dataclasses
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jaxpg import envs
 from jaxpg.envs.base import Environment, with_time_limit
 from jaxpg.networks import Network
 from jaxpg.policies import Policy
+from jaxpg.train.agreement import check_same, decide, wait_for_all
 from jaxpg.train.checkpoint import CheckpointStore
 from jaxpg.train.config import TrainConfig, config_from_json, config_to_json
 from jaxpg.train.models import build_critic, build_policy
@@ -32,7 +34,7 @@ from jaxpg.train.program import (
     state_shardings,
 )
 from jaxpg.train.provenance import describe, read_json, write_json_atomically
-from jaxpg.train.sharding import Placement, largest_device_count, place
+from jaxpg.train.sharding import Placement, place, spread_out, usual_device_count
 from jaxpg.types import Params
 
 __all__ = [
@@ -45,11 +47,6 @@ __all__ = [
     "restore_state",
     "store_config",
 ]
-
-MIN_ROWS = 8
-"""Environments that a device must have, at least, to be used without being asked for.
-With PPO on CartPole two host devices are 1.2 times as fast as one at 16 environments,
-and half as fast at 4."""
 
 SCHEMA = 1
 
@@ -98,28 +95,27 @@ def create_run(
     Raises:
         ValueError: if the settings do not fit together, or the folder exists already.
     """
+    check_same("this run", config_to_json(config))
     config = dataclasses.replace(config, num_devices=_num_devices(config))
     if env is not None:
         config = dataclasses.replace(config, env=env.name)
-    name = config.name or _default_name(config)
-    folder = config.runs_dir / name
-    if folder.exists():
-        raise ValueError(
-            f"run folder {folder} exists already; choose another --name, or continue "
-            f"it with --resume {folder}"
-        )
+    folder = config.runs_dir / decide(lambda: _new_name(config))
     provenance = describe()
     own = {"env": env, "policy": policy, "critic": critic}
     run = _assemble(folder, config, env, policy, critic, provenance)
-    folder.mkdir(parents=True)
     stored = {
         "schema": SCHEMA,
         "config": config_to_json(config),
         "provenance": provenance,
         "own": [name for name, x in own.items() if x is not None],
     }
-    write_json_atomically(folder / "config.json", stored)
+    decide(lambda: _make_folder(folder, stored))
     return run
+
+
+def _make_folder(folder: Path, stored: dict[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    write_json_atomically(folder / "config.json", stored)
 
 
 def open_run(
@@ -129,7 +125,7 @@ def open_run(
     critic: Network | None = None,
     *,
     num_updates: int | None = None,
-    one_device: bool = False,
+    num_devices: int | None = None,
 ) -> Run:
     """Open the folder of a run.
 
@@ -139,7 +135,8 @@ def open_run(
         policy: the policy, where the run was made with one of your own.
         critic: the critic, where the run was made with one of your own.
         num_updates: a new length for the run; None keeps it.
-        one_device: use one device, whatever the run was trained on.
+        num_devices: devices to use now, over all processes; None for as many as
+            before.
 
     Returns:
         The run as it was left.
@@ -153,8 +150,8 @@ def open_run(
     _check_own(folder, {"env": env, "policy": policy, "critic": critic})
     if num_updates is not None:
         config = _lengthen(config, num_updates)
-    if one_device:
-        config = dataclasses.replace(config, num_devices=1)
+    if num_devices is not None:
+        config = dataclasses.replace(config, num_devices=num_devices)
     return _assemble(folder, config, env, policy, critic, provenance)
 
 
@@ -213,27 +210,36 @@ def load_params(run: Run, which: str = "latest") -> tuple[int, list[Params]]:
         ValueError: if there is no such checkpoint.
     """
     step = _find_step(run, which)
-    state = restore_state(run, step)
-    params = state.algorithm.params
+    params = _read_state(run, step).algorithm.params
     members = range(run.config.num_members)
     return step, [jax.tree.map(lambda x, m=m: x[m], params) for m in members]
 
 
-def initial_seeds(config: TrainConfig) -> jax.Array:
+def initial_seeds(config: TrainConfig) -> np.ndarray:
     """Every member's seed, [S]."""
-    return jnp.array([member["seed"] for member in config.members()], jnp.int32)
+    return np.array([member["seed"] for member in config.members()], np.int32)
 
 
 def initial_state(run: Run) -> TrainState:
     """The state before the first update, placed on the run's devices."""
-    return run.program.init(initial_seeds(run.config))
+    init: Any = run.program.init
+    seeds = initial_seeds(run.config)
+    compiled = init.lower(seeds).compile()
+    wait_for_all("the initial state is compiled")
+    return compiled(seeds)
 
 
 def restore_state(run: Run, step: int) -> TrainState:
     """The state after `step` updates, placed on the run's devices."""
-    template = jax.eval_shape(run.program.init, initial_seeds(run.config))
-    state = run.checkpoints.restore(template, step)
-    return jax.device_put(state, state_shardings(state, run.placement))
+    state = _read_state(run, step)
+    return spread_out(state, state_shardings(state, run.placement))
+
+
+def _read_state(run: Run, step: int) -> TrainState:
+    """The state after `step` updates, whole and on no device in particular."""
+    shapes = jax.eval_shape(run.program.init, initial_seeds(run.config))
+    homeless = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
+    return run.checkpoints.restore(homeless, step)
 
 
 def _assemble(
@@ -265,14 +271,20 @@ def _assemble(
 def _num_devices(config: TrainConfig) -> int:
     if config.num_devices is not None:
         return config.num_devices
-    # A device with fewer rows waits longer for the others than it works.
-    worth_it = max(1, config.num_envs // MIN_ROWS)
-    return largest_device_count(min(jax.device_count(), worth_it), config.num_envs)
+    return usual_device_count(num_envs=config.num_envs)
 
 
-def _default_name(config: TrainConfig) -> str:
+def _new_name(config: TrainConfig) -> str:
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    return f"{config.env}-{config.algorithm_name}-seed{config.seed}-{stamp}"
+    usual = f"{config.env}-{config.algorithm_name}-seed{config.seed}-{stamp}"
+    name = config.name or usual
+    folder = config.runs_dir / name
+    if folder.exists():
+        raise ValueError(
+            f"run folder {folder} exists already; choose another --name, or continue "
+            f"it with --resume {folder}"
+        )
+    return name
 
 
 def _lengthen(config: TrainConfig, num_updates: int) -> TrainConfig:
