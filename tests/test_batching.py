@@ -1,11 +1,11 @@
-"""`anywhere`: one decision for the whole batch, whatever is vmapped around it."""
+"""`anywhere`: one decision for the whole batch. `over_rows`: one row has no axis."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpg._batching import anywhere
+from jaxpg._batching import anywhere, over_rows
 
 FLAGS = jnp.array([[False, False, True], [False, False, False]])
 
@@ -130,3 +130,23 @@ def test_it_works_inside_scan():
         jnp.array([[False, True, False], [False, False, True]])[..., None]
     )
     np.testing.assert_array_equal(totals, [2, 2])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_over_rows_is_vmap(count):
+    rows = {"x": jnp.arange(2.0 * count).reshape(count, 2)}
+    found = over_rows(lambda scale, row: (scale * row["x"], 7), 3.0, rows)
+    np.testing.assert_array_equal(found[0], 3.0 * rows["x"])
+    np.testing.assert_array_equal(found[1], np.full(count, 7))
+
+
+def test_one_row_is_seen_without_an_axis():
+    def dots(count):
+        rows = jnp.ones((count, 5, 4))
+        text = jax.make_jaxpr(lambda w: over_rows(lambda w, x: w @ x.T, w, rows))(
+            jnp.ones((3, 4))
+        )
+        return [eqn.outvars[0].aval.shape for eqn in text.eqns if "dot" in str(eqn)]
+
+    assert dots(1) == [(3, 5)]
+    assert dots(2) != [(3, 5)]

@@ -413,3 +413,24 @@ def test_wrong_chunk_sizes_are_refused(size):
     rows, weights = gaussian_batch()
     with pytest.raises(ValueError, match=r"^chunk size is .*, needs a whole number"):
         score_gradient(gaussian, jnp.array(0.0), rows, weights, chunks=Chunks(size))
+
+
+def test_chunks_that_may_be_cut_come_as_one_row():
+    seen = []
+
+    def shapes(shared, chunk):
+        seen.append(chunk.shape)
+        return shared * jnp.sum(chunk)
+
+    rows, active = jnp.ones((6, 32, 2)), jnp.ones((6, 32), bool)
+    for chunks in (Chunks(48, cut_rows=True), Chunks(64), Chunks(None, cut_rows=True)):
+        assert sum_over_chunks(shapes, 1.0, rows, active, chunks) == 6 * 32 * 2
+    assert set(seen[:-1]) == {(1, 48, 2), (2, 32, 2)} and seen[-1] == (1, 192, 2)
+
+
+def test_the_size_that_suits_the_device(monkeypatch):
+    assert Chunks("auto", cut_rows=True).number == 256
+    assert Chunks("auto").number > Chunks("auto", cut_rows=True).number
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert Chunks("auto", cut_rows=True).number > 10_000
+    assert Chunks(7).number == 7 and Chunks(None).number is None

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxpg.envs import Box, Discrete, Masked, MaskedObs, MultiBinary, MultiDiscrete
-from jaxpg.layers import gru, patches
+from jaxpg.layers import FEW, gru, mlp, patches, perceive_many
 from jaxpg.networks import (
     cnn_network,
     feedforward,
@@ -107,6 +107,32 @@ def test_batches_equal_rows(case):
         memory = jax.tree.map(lambda x, i=i: x[i], carry)
         alone = quick(outputs)(memory, rows[i], starts[i])
         np.testing.assert_allclose(together[i], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [FEW - 1, FEW, 3 * FEW])
+def test_a_perceptron_says_the_same_of_many(count, float64):
+    graph, params = nnx.split(mlp(3, (5, 4), 2, rngs=nnx.Rngs(0), output_scale=1.0))
+    inputs = jax.random.normal(jax.random.key(1), (count, 3))
+    weights = jax.random.normal(jax.random.key(2), (count, 2))
+
+    def weighed(params, way):
+        return jnp.sum(weights * way(nnx.merge(graph, params), inputs))
+
+    one_by_one = jax.grad(weighed)(params, lambda module, x: jax.vmap(module)(x))
+    together = jax.grad(weighed)(params, perceive_many)
+    for x, y in zip(
+        jax.tree.leaves(together), jax.tree.leaves(one_by_one), strict=True
+    ):
+        assert np.abs(y).max() > 0.1
+        np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13)
+
+
+def test_many_are_kept_last_in_memory():
+    perceptron = mlp(3, (5,), 2, rngs=nnx.Rngs(0))
+    text = str(
+        jax.make_jaxpr(lambda x: perceive_many(perceptron, x))(jnp.ones((FEW, 3)))
+    )
+    assert f"f32[5,{FEW}] = tanh" in text and f"[{FEW},5]" not in text
 
 
 def test_every_parameter_has_a_gradient(case):
