@@ -1,4 +1,4 @@
-"""The command line: train, eval, list.
+"""The command line: train, eval, study, list.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (143 if terminated).
 """
@@ -36,6 +36,8 @@ commands:
   train [ALGORITHM]        train a policy (default: reinforce on CartPole-v1)
   train --resume RUN       continue an interrupted or finished run
   eval RUN                 evaluate a trained policy on whole episodes
+  study KIND               measure estimators: variance, off-policy, learning,
+                           batch-size
   list envs|algorithms     what there is to choose from
 
 options:
@@ -44,6 +46,13 @@ options:
 
 Any command takes --debug, which shows the traceback of an error.
 """
+
+
+STUDY_HELP = """Study {summary}.
+
+--quick begins from settings that finish within two minutes on two cores; other options
+still hold. --resume FOLDER goes on with a study that was interrupted, with its own
+settings. Leaves report.html, figures, results.csv and results.json."""
 
 
 class UsageError(Exception):
@@ -81,7 +90,7 @@ def _dispatch(words: list[str]) -> int:
     if words[0] in ("--version", "-V"):
         print(f"jaxpg {__version__}")
         return 0
-    commands = {"train": _train, "eval": _eval, "list": _list}
+    commands = {"train": _train, "eval": _eval, "study": _study, "list": _list}
     try:
         check_choice("command", words[0], commands)
     except ValueError as error:
@@ -163,14 +172,14 @@ def _parse_train(algorithm: str, words: list[str]) -> TrainOptions:
     return options
 
 
-def _env_of(words: list[str]) -> str:
+def _env_of(words: list[str], default: Any = TrainConfig.env) -> Any:
     """The environment that is asked for, before anything else is known."""
     for word, following in itertools.pairwise([*words, ""]):
         if word == "--env":
             return following
         if word.startswith("--env="):
             return word.partition("=")[2]
-    return TrainConfig.env
+    return default
 
 
 def _take_sweeps(words: list[str]) -> tuple[list[str], Sweep]:
@@ -333,6 +342,42 @@ def _make_player(run: Any, options: EvalOptions) -> Callable[[Any, int], Any]:
     # Away from the keys that training with the same seed derives.
     key = jax.random.fold_in(jax.random.key(options.seed), EVALUATION)
     return lambda params, index: play(params, jax.random.fold_in(key, index))
+
+
+def _study(words: list[str]) -> int:
+    from jaxpg.study.commands import STUDIES, defaults_of, run_study
+
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: jaxpg study KIND [--quick] [OPTIONS]\n\nkinds:")
+        for name, command in STUDIES.items():
+            print(f"  {name:<12} {command.summary}")
+        print("\n'jaxpg study KIND --help' tells more")
+        return 0 if words else 2
+    kind, *words = words
+    try:
+        check_choice("kind of study", kind, STUDIES)
+        default = defaults_of(kind, _env_of(words, None), "--quick" in words)
+    except ValueError as error:
+        raise UsageError(error) from error
+    options = dataclasses.make_dataclass(
+        "StudyOptions",
+        [
+            ("config", STUDIES[kind].settings),
+            ("quick", bool, False),
+            ("resume", Path | None, None),
+            ("compilation_cache", bool, True),
+        ],
+        frozen=True,
+        kw_only=True,
+        namespace={"__doc__": STUDY_HELP.format(summary=STUDIES[kind].summary)},
+    )
+    parsed = _parse(options, words, f"jaxpg study {kind}", options(config=default))
+    _start_jax(parsed.config, parsed.compilation_cache)
+    try:
+        return run_study(kind, parsed.config, parsed.resume)
+    except KeyboardInterrupt:
+        cure = "the same command with --resume and the study's folder, in studies/"
+        raise KeyboardInterrupt(f"interrupted; go on with {cure}") from None
 
 
 def _list(words: list[str]) -> int:

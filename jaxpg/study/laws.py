@@ -8,8 +8,8 @@ return (on policy, E B = 0),
                                         c = Var(R) E|B|^2 + |E[R B]|^2
 
 because g is the mean of A - E[R] B less a U-statistic of (R[j] - E R) B[i] that is
-uncorrelated with it. The batch mean shrinks that gradient by 1 - 1/N. On a log-log scale
-a / N is a line of slope -1.
+uncorrelated with it. The batch mean shrinks that gradient by 1 - 1/N. On a log-log
+scale a / N is a line of slope -1.
 
 The critical batch size is where signal equals noise, V(N) = |G|^2; for a / N that is
 McCandlish's noise scale a / |G|^2.
@@ -233,9 +233,7 @@ def exact_leave_one_out_law(subject: Subject, estimator: Estimator) -> Law:
         return parts(rows)[0] ** 2
 
     a_squares = np.asarray(
-        exact.expected_estimate(
-            squares, subject.mdp, subject.policy, subject.params, 1
-        )
+        exact.expected_estimate(squares, subject.mdp, subject.policy, subject.params, 1)
     )
     term_mean = a - mean * b
     second = a_squares - 2.0 * mean * product + mean**2 * b_squares

@@ -6,8 +6,8 @@ Every batch is weighed by its own statistics, so what is measured is the estimat
 is used, own error of its baseline included, and never a variance divided by N.
 
 Batches that fit into a chunk are weighed whole. Larger ones are visited twice, as in
-`jaxpg.streams`: sums over all their chunks first, then each chunk weighed with them. All
-weightings of a chunk share one forward pass.
+`jaxpg.streams`: sums over all their chunks first, then each chunk weighed with them.
+All weightings of a chunk share one forward pass.
 """
 
 import functools
@@ -114,7 +114,9 @@ def make_contenders(
             subject.max_steps,
             observation_space=subject.env.observation_space,
         )
-        return Contender(name, estimator, estimator.baseline.init(jax.random.key(0), obs))
+        return Contender(
+            name, estimator, estimator.baseline.init(jax.random.key(0), obs)
+        )
 
     return [make(name, config) for name, config in configs.items()]
 
@@ -229,10 +231,8 @@ class _Gathered:
 
     def add(self, gradients: np.ndarray, reaches: np.ndarray) -> None:
         if self._size is not None:
-            gradients, reaches = (
-                np.mean(x, axis=0, keepdims=True, dtype=np.float64)
-                for x in (gradients, reaches)
-            )
+            gradients = gradients.astype(np.float64).mean(axis=0)[None]
+            reaches = reaches.astype(np.float64).mean(axis=0)[None]
         self._found.append((gradients, reaches))
 
     def all(self) -> Pair:
@@ -300,7 +300,8 @@ def _over_chunks(
         return jax.tree.map(lambda x: x[None], found)
 
     def of_rows(shared: Any, rows: Trajectory) -> Any:
-        found = _sums(estimators, *shared[:2], rows, shared[2])
+        params, states, summaries = shared
+        found = _sums(estimators, params, states, rows, summaries)
         return jax.tree.map(lambda x: x[None], found)
 
     def added(found: PyTree) -> PyTree:

@@ -106,7 +106,7 @@ def estimator_name(config: EstimatorConfig) -> str:
     'reward-to-go/leave-one-out'
     """
     credit = config.credit
-    words = [credit.credit, config.baseline]
+    words: list[str] = [credit.credit, config.baseline]
     words += [] if credit.ratio == "none" else [credit.ratio]
     words += [] if credit.max_rho is None else [f"max-rho={credit.max_rho:g}"]
     words += [

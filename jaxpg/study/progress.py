@@ -1,4 +1,4 @@
-"""What a person sees while a study goes on: a bar with the time left, or plain lines."""
+"""What a person sees while a study goes on: a bar with the time left, or lines."""
 
 import sys
 import time

@@ -1,7 +1,7 @@
 r"""What K gradients of independent batches say of an estimator, with intervals.
 
-With g[k] the gradient of batch k, g their mean, G the true gradient (exact, or that of a
-reference batch whose own error is taken off), per estimator and batch size:
+With g[k] the gradient of batch k, g their mean, G the true gradient (exact, or that of
+a reference batch whose own error is taken off), per estimator and batch size:
 
     variance      V = 1/(K-1) sum_k |g[k] - g|^2       total, and of each block
     bias          <g - G, G> / |G|^2                   along the gradient, signed
@@ -157,9 +157,7 @@ class _Parts:
             return np.full(norms.shape, np.nan)
         return (shares @ self.centred_squares - norms) * self.count / (self.count - 1)
 
-    def quantities(
-        self, counts: np.ndarray, batch_size: int
-    ) -> dict[str, np.ndarray]:
+    def quantities(self, counts: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
         """The module's quantities for each row of counts, [S]."""
         shares, reference = counts / self.count, self.reference
         size = reference.norm_sq
@@ -195,7 +193,7 @@ def _intervals(parts: _Parts, batch_size: int, seed: int) -> dict[str, Any]:
     even = np.full(parts.count, 1.0 / parts.count)
     counts = rng.multinomial(parts.count, even, size=RESAMPLES).astype(float)
     found: dict[str, Any] = {}
-    # A resample of K has the spread of K - 1: widen its variance to be right on average.
+    # A resample of K has the spread of K - 1: widened to be right on average.
     again = parts.count / (parts.count - 1)
     for name, values in parts.quantities(counts, batch_size).items():
         if name in ("variance", "noise_scale"):

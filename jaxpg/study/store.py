@@ -127,8 +127,8 @@ def read_settings(folder: Path, kind: str, settings: type) -> Any:
     header = _read_header(folder)
     if header["kind"] != kind:
         raise ValueError(
-            f"{folder} holds a study of {header['kind']}, needs one of {kind}; continue "
-            f"it with jaxpg study {header['kind']} --resume {folder}"
+            f"{folder} holds a study of {header['kind']}, needs one of {kind}; "
+            f"continue it with jaxpg study {header['kind']} --resume {folder}"
         )
     return _settings_from_json(settings, header["settings"])
 

@@ -236,9 +236,7 @@ def mean_kl_of(subject: Subject, key: PRNGKey) -> Callable[[Params], Array]:
     """
     ids = jnp.arange(KL_EPISODES, dtype=jnp.int32)
     rows = jax.jit(
-        lambda params: rollout_episodes(
-            subject.env, subject.policy, params, key, ids
-        )
+        lambda params: rollout_episodes(subject.env, subject.policy, params, key, ids)
     )(subject.params)
 
     def of(behaviour: Params) -> Array:

@@ -1,0 +1,102 @@
+"""The studies as commands: options, what is printed at the end, resuming."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxpg.study.report import variance_findings
+from jaxpg.study.settings import VarianceConfig, quick_variance
+from jaxpg.study.store import read_settings
+from jaxpg.study.subjects import TABULAR, usual_policy
+from jaxpg.study.tables import variance_table
+from jaxpg.study.variance import StudyResult, study_variance
+from jaxpg.train.config import PolicyConfig
+from jaxpg.train.progress import table
+from jaxpg.train.provenance import read_json
+
+__all__ = ["STUDIES", "StudyCommand", "defaults_of", "run_study"]
+
+
+class StudyCommand(NamedTuple):
+    """One study on the command line.
+
+    Attributes:
+        summary: what it is, in a line.
+        settings: the frozen dataclass of its settings.
+        quick: settings that finish within two minutes.
+        run: `run(settings) -> StudyResult`.
+        show: prints what was found.
+    """
+
+    summary: str
+    settings: type
+    quick: Callable[..., Any]
+    run: Callable[[Any], StudyResult]
+    show: Callable[[StudyResult], None]
+
+
+def show_variance(result: StudyResult) -> None:
+    """Print the table and the findings of a study of variance."""
+    results = read_json(result.folder / "results.json")
+    _table(results["facts"]["label"], variance_table(result.rows, result.summary))
+    for line in variance_findings(results):
+        print(f"- {line}")
+
+
+STUDIES: dict[str, StudyCommand] = {
+    "variance": StudyCommand(
+        "bias, variance, SNR, noise scale and cost of estimators x batch sizes",
+        VarianceConfig,
+        quick_variance,
+        study_variance,
+        show_variance,
+    ),
+}
+"""Studies by name."""
+
+
+def defaults_of(name: str, env: str | None, quick: bool) -> Any:
+    """Settings that the command line starts from.
+
+    Args:
+        name: of the study.
+        env: the environment that is asked for; None for the study's own.
+        quick: whether it must finish within two minutes.
+    """
+    command = STUDIES[name]
+    given: dict[str, Any] = {} if env is None else {"env": env}
+    settings = command.quick(**given) if quick else command.settings(**given)
+    if not hasattr(settings, "policy"):
+        return settings
+    tabular = any(settings.env.startswith(x.split("-")[0]) for x in TABULAR[2:])
+    policy = PolicyConfig() if tabular else usual_policy(settings.env)
+    return dataclasses.replace(settings, policy=policy)
+
+
+def run_study(name: str, settings: Any, resume: Path | None = None) -> int:
+    """Run a study, or finish one, and say where it lies.
+
+    Args:
+        name: of the study.
+        settings: its settings; not read where one is resumed.
+        resume: folder of a study that was begun.
+
+    Returns:
+        The exit code.
+    """
+    command = STUDIES[name]
+    if resume is not None:
+        settings = read_settings(resume, name, command.settings)
+        settings = dataclasses.replace(settings, folder=resume)
+    result = command.run(settings)
+    command.show(result)
+    for note in result.notes:
+        print(f"note: {note}")
+    print(f"report: {result.folder / 'report.html'}")
+    return 0
+
+
+def _table(title: str, lines: list[dict[str, str]]) -> None:
+    if lines:
+        table(title, lines)

@@ -1,0 +1,111 @@
+"""Settings of the studies: frozen records, on the command line and in Python alike."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jaxpg._checks import check_positive, check_range
+from jaxpg.study.naming import expand_names
+from jaxpg.train.config import PolicyConfig
+
+__all__ = ["VarianceConfig", "quick_variance"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VarianceConfig:
+    """Settings of the study of variance."""
+
+    env: str = "CartPole-v1"
+    """Environment (`jaxpg list envs`), or a tabular world with an exact gradient: mine,
+    dark-mine, random-SEED, chain-HORIZON."""
+    checkpoint: Path | None = None
+    """Folder of a run whose policy is studied; unset: an untrained one."""
+    update: str = "latest"
+    """Which checkpoint of the run: latest, best, or an update's number."""
+    member: int = 0
+    """Which of the run's seeds or swept settings."""
+    policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
+    """Networks of an untrained policy."""
+    max_steps: int | None = None
+    """Truncate episodes after this many decisions."""
+    estimators: tuple[str, ...] = ("default",)
+    """Names CREDIT/BASELINE/RATIO, parts of which may be left out, such as
+    leave-one-out or causal; or groups: default, all, ratios."""
+    batch_sizes: tuple[int, ...] = tuple(2**k for k in range(4, 17))
+    """Trajectories in a batch; powers of two."""
+    num_trajectories: int = 2**16
+    """Trajectories that are sampled, and shared by all: at size N they make
+    num_trajectories / N independent batches, but at most max_batches."""
+    max_batches: int = 256
+    """The most batches that are weighed at one size."""
+    reference_trajectories: int = 2**16
+    """Trajectories of the reference gradient, where no exact one is known."""
+    discount: float = 1.0
+    """Of the objective, in [0, 1]."""
+    behaviour_kl: float | None = None
+    """KL(mu || pi) per decision, in nats, of a behaviour policy mu that acts for
+    estimators with ratios. Unset: there is none."""
+    seed: int = 0
+    """Random seed of everything."""
+    chunk_size: int = 256
+    """Trajectories that are held at once; a power of two. Sets memory, not results."""
+    num_devices: int | None = None
+    """Devices that share the trajectories, 1 or 2. Unset: 2 where there are."""
+    memory_gib: float = 2.0
+    """Trajectories are kept up to this, and played again beyond it."""
+    folder: Path | None = None
+    """Where the study is kept. Unset: studies/KIND-ENVIRONMENT-TIME."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_trajectories", "max_batches", "reference_trajectories"):
+            check_positive(name, getattr(self, name))
+        for name, value in (
+            ("chunk_size", self.chunk_size),
+            *(("batch_sizes", size) for size in self.batch_sizes),
+        ):
+            _check_power_of_two(name, value)
+        if not self.batch_sizes:
+            raise ValueError("batch_sizes is empty, needs at least one; such as 16 64")
+        check_range("discount", self.discount, 0.0, 1.0)
+        if self.behaviour_kl is not None:
+            check_range("behaviour_kl", self.behaviour_kl, 0.0, open_low=True)
+        if max(self.batch_sizes) > self.num_trajectories:
+            raise ValueError(
+                f"batch_sizes go up to {max(self.batch_sizes)}, but num_trajectories "
+                f"is {self.num_trajectories}; sample as many, better 8 times as many"
+            )
+        expand_names(self.estimators)
+
+
+def quick_variance(**changes: Any) -> VarianceConfig:
+    """Settings that finish within two minutes on two cores.
+
+    Args:
+        **changes: settings that differ from that.
+    """
+    small: dict[str, Any] = {
+        "batch_sizes": (16, 32, 64, 128, 256, 512),
+        "num_trajectories": 2**13,
+        "max_batches": 128,
+        "reference_trajectories": 2**13,
+        "chunk_size": 128,
+        "estimators": (
+            "total-return",
+            "reward-to-go",
+            "batch-mean",
+            "leave-one-out",
+            "time-dependent",
+            "optimal",
+        ),
+    }
+    return VarianceConfig(**(small | changes))
+
+
+def _check_power_of_two(name: str, value: int) -> None:
+    check_positive(name, value)
+    if value & (value - 1):
+        below = 1 << (value.bit_length() - 1)
+        raise ValueError(
+            f"{name} holds {value}, needs powers of two, so that batches fill chunks; "
+            f"the nearest are {below} and {2 * below}"
+        )

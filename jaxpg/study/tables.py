@@ -1,0 +1,157 @@
+"""Tables of a study in words: for a terminal, and for the report."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxpg.study.statistics import LEAST
+
+__all__ = [
+    "bias_table",
+    "comparison_size",
+    "number",
+    "percent",
+    "size_table",
+    "variance_table",
+    "with_interval",
+]
+
+Row = dict[str, Any]
+
+
+def variance_table(rows: Sequence[Row], summary: Sequence[Row]) -> list[dict[str, str]]:
+    """One line per estimator, at the largest batch size that most is known of.
+
+    Args:
+        rows: cells of a study of variance.
+        summary: what was found of each estimator over all sizes.
+    """
+    base = _first_product(rows, summary)
+    lines = []
+    for found in summary:
+        row = _of(rows, found["estimator"])
+        if row is None:
+            continue
+        product = row["variance_times_seconds"]
+        scale = None if None in (product, base) else product / base
+        seconds = row["seconds"] / row["batch_size"]
+        lines.append(
+            {
+                "estimator": found["estimator"],
+                "N": str(row["batch_size"]),
+                "variance": with_interval(row, "variance"),
+                "bias": f"{percent(row['bias'])} ± {percent(row['bias_error'])}",
+                "SNR": number(row["snr"]),
+                "cosine": number(row["cosine"]),
+                "noise scale": with_interval(row, "noise_scale"),
+                "critical N": number(found["critical_batch_size"]),
+                "slope": _with_error(found["slope"], found["slope_error"]),
+                "µs / trajectory": number(1e6 * seconds),
+                "variance × s": "" if scale is None else f"{scale:.2f}",
+            }
+            | ({"ESS": percent(row["ess"])} if "ess" in row else {})
+        )
+    return _even(lines)
+
+
+def bias_table(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Bias along the gradient, an estimator a line, a batch size a column."""
+    sizes = sorted({row["batch_size"] for row in rows})
+    lines = []
+    for name in dict.fromkeys(row["estimator"] for row in rows):
+        mine = {r["batch_size"]: r for r in rows if r["estimator"] == name}
+        cells = {
+            f"N = {n}": f"{percent(mine[n]['bias'])} ± {percent(mine[n]['bias_error'])}"
+            if n in mine
+            else ""
+            for n in sizes
+        }
+        lines.append({"estimator": name, **cells})
+    return lines
+
+
+def size_table(rows: Sequence[Row], quantity: str) -> list[dict[str, str]]:
+    """Any quantity, an estimator a line, a batch size a column."""
+    sizes = sorted({row["batch_size"] for row in rows})
+    lines = []
+    for name in dict.fromkeys(row["estimator"] for row in rows):
+        mine = {r["batch_size"]: r for r in rows if r["estimator"] == name}
+        cells = {
+            f"N = {n}": number(mine[n][quantity]) if n in mine else "" for n in sizes
+        }
+        lines.append({"estimator": name, **cells})
+    return lines
+
+
+def comparison_size(rows: Sequence[Row], name: str | None = None) -> int | None:
+    """The largest batch size with batches enough for an interval.
+
+    Args:
+        rows: cells.
+        name: of one estimator; None for any.
+    """
+    sizes = [
+        row["batch_size"]
+        for row in rows
+        if row["batches"] >= LEAST and name in (None, row["estimator"])
+    ]
+    # Four times as many batches as an interval needs, if there is such a size.
+    many = [
+        row["batch_size"]
+        for row in rows
+        if row["batches"] >= 4 * LEAST and name in (None, row["estimator"])
+    ]
+    return max(many, default=max(sizes, default=None))
+
+
+def number(x: float | None) -> str:
+    """Three digits, or nothing.
+
+    >>> number(0.012345), number(1234567.0), number(None)
+    ('0.0123', '1.23e+06', '')
+    """
+    if x is None:
+        return ""
+    return f"{x:.0f}" if 100 <= abs(x) < 1e5 else f"{x:.3g}"
+
+
+def percent(x: float | None) -> str:
+    """In hundredths, to a tenth.
+
+    >>> percent(-0.0312)
+    '-3.1%'
+    """
+    return "" if x is None else f"{100 * x:.1f}%"
+
+
+def with_interval(row: Row, name: str) -> str:
+    """A quantity and the interval that holds it with 95%."""
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    if low is None or high is None:
+        return number(row[name])
+    return f"{number(row[name])} ({number(low)} to {number(high)})"
+
+
+def _of(rows: Sequence[Row], name: str) -> Row | None:
+    mine = {r["batch_size"]: r for r in rows if r["estimator"] == name}
+    if not mine:
+        return None
+    size = comparison_size(rows, name)
+    return mine[max(mine) if size is None else size]
+
+
+def _first_product(rows: Sequence[Row], summary: Sequence[Row]) -> float | None:
+    """Variance times seconds of plain reward-to-go, or else of the first."""
+    names = [found["estimator"] for found in summary]
+    name = "reward-to-go/none" if "reward-to-go/none" in names else names[0]
+    row = _of(rows, name)
+    return None if row is None else row["variance_times_seconds"]
+
+
+def _with_error(x: float | None, error: float | None) -> str:
+    return "" if x is None or error is None else f"{x:.2f} ± {error:.2f}"
+
+
+def _even(lines: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Lines with the same columns, empty ones where they had none."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    return [{name: line.get(name, "") for name in names} for line in lines]
