@@ -9,10 +9,9 @@ from jaxpg.study.report import variance_findings
 from jaxpg.study.settings import VarianceConfig, quick_variance
 from jaxpg.study.store import read_settings
 from jaxpg.study.subjects import TABULAR, usual_policy
-from jaxpg.study.tables import variance_table
+from jaxpg.study.tables import brief, show, variance_table
 from jaxpg.study.variance import StudyResult, study_variance
 from jaxpg.train.config import PolicyConfig
-from jaxpg.train.progress import table
 from jaxpg.train.provenance import read_json
 
 __all__ = ["STUDIES", "StudyCommand", "defaults_of", "run_study"]
@@ -39,7 +38,8 @@ class StudyCommand(NamedTuple):
 def show_variance(result: StudyResult) -> None:
     """Print the table and the findings of a study of variance."""
     results = read_json(result.folder / "results.json")
-    _table(results["facts"]["label"], variance_table(result.rows, result.summary))
+    lines = variance_table(result.rows, result.summary)
+    show(results["facts"]["label"], brief(lines))
     for line in variance_findings(results):
         print(f"- {line}")
 
@@ -95,8 +95,3 @@ def run_study(name: str, settings: Any, resume: Path | None = None) -> int:
         print(f"note: {note}")
     print(f"report: {result.folder / 'report.html'}")
     return 0
-
-
-def _table(title: str, lines: list[dict[str, str]]) -> None:
-    if lines:
-        table(title, lines)

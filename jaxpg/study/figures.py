@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxpg.study.laws import Law
-from jaxpg.study.tables import comparison_size
+from jaxpg.study.tables import best_bias, comparison_size
 from jaxpg.train.provenance import write_text_atomically
 
 if TYPE_CHECKING:
@@ -60,22 +60,22 @@ def variance_figure(results: dict[str, Any]) -> "Figure":
     for style, rows, found in _by_estimator(results):
         sizes = _column(rows, "batch_size")
         _line(left, sizes, rows, "variance", style)
-        _line(right, sizes, rows, "noise_scale", style)
+        _line(right, sizes, rows, "relative_variance", style)
         if found["exact_law"] is not None:
             law = Law(**found["exact_law"])
-            for axis, scale in ((left, 1.0), (right, sizes / _norm_sq(results))):
+            for axis, scale in ((left, 1.0), (right, _over_base(results, sizes))):
                 axis.plot(
                     sizes, law.variance(sizes) * scale, color=style["color"], lw=5,
                     alpha=0.25, solid_capstyle="butt", zorder=1,
                 )  # fmt: skip
     left.set_ylabel("total variance of the gradient\n(units of return²)")
-    right.set_ylabel("N · variance / |∇J|²\n(noise scale, trajectories)")
+    right.set_ylabel(f"variance relative to\n{results['rows'][0]['base']}")
     left.set_yscale("log")
-    right.set_yscale("log")
+    right.set_ylim(bottom=0.0)
     for axis in (left, right):
         _against_batch_size(axis, results)
     _legend(figure, left, _wide_lines(results))
-    figure.suptitle(_title(results))
+    figure.suptitle(_title(results), fontsize=11)
     return figure
 
 
@@ -84,7 +84,8 @@ def bias_figure(results: dict[str, Any]) -> "Figure":
     figure, (axis,) = _panels(1)
     for style, rows, _ in _by_estimator(results):
         sizes = _column(rows, "batch_size")
-        bias, error = (100 * _column(rows, n) for n in ("bias", "bias_error"))
+        name = best_bias(rows[0])
+        bias, error = (100 * _column(rows, n) for n in (name, f"{name}_error"))
         axis.errorbar(
             sizes * style["shift"], bias, 1.96 * error, **_plain(style), capsize=2
         )
@@ -92,25 +93,28 @@ def bias_figure(results: dict[str, Any]) -> "Figure":
     axis.set_ylabel("bias along the gradient\n(% of |∇J|, bars: 95%)")
     _against_batch_size(axis, results)
     _legend(figure, axis)
-    figure.suptitle(_title(results))
+    figure.suptitle(_title(results), fontsize=11)
     return figure
 
 
 def signal_figure(results: dict[str, Any]) -> "Figure":
     """Signal-to-noise ratio and cosine to the reference."""
-    figure, (left, right) = _panels(2)
+    figure, (left, right, last) = _panels(3)
     for style, rows, _ in _by_estimator(results):
         sizes = _column(rows, "batch_size")
         _line(left, sizes, rows, "snr", style)
         _line(right, sizes, rows, "cosine", style)
+        _line(last, sizes, rows, "noise_scale", style)
     left.set_yscale("log")
     left.axhline(1.0, color="#555555", lw=0.8)
     left.set_ylabel("signal-to-noise ratio, |∇J|² / variance")
     right.set_ylabel("cosine to the reference gradient")
-    for axis in (left, right):
+    last.set_ylabel("N · variance / |∇J|²\n(noise scale, trajectories)")
+    last.set_ylim(bottom=0.0)
+    for axis in (left, right, last):
         _against_batch_size(axis, results)
     _legend(figure, left)
-    figure.suptitle(_title(results))
+    figure.suptitle(_title(results), fontsize=11)
     return figure
 
 
@@ -147,7 +151,7 @@ def cost_figure(results: dict[str, Any]) -> "Figure":
             low, high = low * seconds, high * seconds
         bars = [values - low, high - values] if name != "seconds" else None
         colours = [_colour(results, n) for n in names]
-        axis.barh(places, values, color=colours, height=0.7, alpha=0.85)
+        axis.barh(places, values, color=colours, height=0.7, alpha=0.6)
         if bars is not None:
             axis.errorbar(
                 values, places, xerr=np.maximum(np.nan_to_num(bars), 0.0), fmt="none",
@@ -156,7 +160,7 @@ def cost_figure(results: dict[str, Any]) -> "Figure":
         axis.set_xlabel(label)
         axis.set_yticks(places, names)
         dress(axis)
-    figure.suptitle(f"{_title(results)}; bars: 95%")
+    figure.suptitle(f"{_title(results)}; bars: 95%", fontsize=11)
     return figure
 
 
@@ -187,7 +191,7 @@ def block_figure(results: dict[str, Any]) -> "Figure":
     axis.set_xlim(0, 100)
     dress(axis)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8, title="block")
-    figure.suptitle(_title(results))
+    figure.suptitle(_title(results), fontsize=11)
     return figure
 
 
@@ -292,7 +296,7 @@ def _line(
         x[~known], y[~known], ls="none", marker=style["marker"], ms=4,
         mec=style["color"], mfc="none",
     )  # fmt: skip
-    axis.fill_between(x, low, high, color=style["color"], alpha=0.10, lw=0)
+    axis.fill_between(x, low, high, color=style["color"], alpha=0.09, lw=0)
 
 
 def _plain(style: Style) -> Style:
@@ -349,8 +353,13 @@ def _wide_lines(results: dict[str, Any]) -> list[Any]:
     return found
 
 
-def _norm_sq(results: dict[str, Any]) -> float:
-    return float(results["facts"]["reference"]["norm"]) ** 2
+def _over_base(results: dict[str, Any], sizes: np.ndarray) -> np.ndarray:
+    """1 over the exact variance of what others are relative to; NaN if unknown."""
+    base = results["rows"][0]["base"]
+    for line in results["summary"]:
+        if line["estimator"] == base and line["exact_law"] is not None:
+            return 1.0 / np.asarray(Law(**line["exact_law"]).variance(sizes))
+    return np.full(sizes.shape, np.nan)
 
 
 def _title(results: dict[str, Any]) -> str:

@@ -42,7 +42,9 @@ __all__ = [
     "fit_law",
     "fit_slope",
     "has_independent_terms",
+    "is_proved_unbiased",
     "law_of",
+    "pooled_errors",
 ]
 
 
@@ -104,6 +106,44 @@ def has_independent_terms(config: EstimatorConfig) -> bool:
     learned = ("none", "linear", "value-network")
     divides = config.standardize or config.credit.self_normalize
     return config.baseline in learned and not divides
+
+
+def is_proved_unbiased(config: EstimatorConfig) -> bool:
+    """Whether the oracle's table has it as unbiased, at any batch size.
+
+    Args:
+        config: an estimator's settings.
+    """
+    credit = config.credit
+    whole = credit.ratio in ("none", "whole", "causal") and credit.max_rho is None
+    plain = config.baseline == "batch-mean" or config.baseline.endswith("-plain")
+    divides = config.standardize or credit.self_normalize
+    return whole and not plain and not divides
+
+
+def pooled_errors(variances: Any, errors: Any, batches: Any) -> list[float | None]:
+    """Standard errors of variances as V sqrt(s / (K - 1)), with one s for all.
+
+    A variance that came out small by luck has a small bootstrap error as well, and
+    would draw a fitted line down to itself.
+
+    Args:
+        variances: V at each size.
+        errors: bootstrap standard error of each.
+        batches: K at each size.
+    """
+    known = [
+        (e / v) ** 2 * (k - 1)
+        for v, e, k in zip(variances, errors, batches, strict=True)
+        if v and e
+    ]
+    if not known:
+        return [None] * len(variances)
+    scale = float(np.median(known))
+    return [
+        v * float(np.sqrt(scale / (k - 1))) if v and e else None
+        for v, e, k in zip(variances, errors, batches, strict=True)
+    ]
 
 
 def fit_slope(sizes: Any, variances: Any, errors: Any) -> Slope | None:

@@ -11,6 +11,12 @@ a reference batch whose own error is taken off), per estimator and batch size:
     noise_scale   N V / |G|^2                          in trajectories
     error         mean_k |g[k] - G|^2 / |G|^2          relative squared error
 
+All estimators see the same trajectories, so two of them are compared batch by batch,
+which takes off most of the luck that they share:
+
+    relative_variance   V / V of another
+    paired_bias         <g - g', G> / |G|^2,  g' of one that is proved unbiased
+
 Batches are what is resampled in the bootstrap: they are independent, trajectories in
 one of them are not once a baseline has tied them together. Below `LEAST` batches no
 interval is given.
@@ -22,13 +28,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["LEAST", "Reference", "exact_reference", "sampled_reference", "summarize"]
+__all__ = [
+    "LEAST",
+    "Reference",
+    "compare_bias",
+    "compare_variance",
+    "exact_reference",
+    "sampled_reference",
+    "summarize",
+]
 
 LEAST = 8
 """Batches below which a bootstrap would only pretend to know."""
 
 RESAMPLES = 400
-LEVEL = 0.95
+QUANTILES = (0.025, 0.975)
 
 
 class Reference(NamedTuple):
@@ -114,6 +128,60 @@ def summarize(
     return row | _intervals(parts, batch_size, seed)
 
 
+def compare_variance(
+    gradients: np.ndarray, base: np.ndarray, seed: int = 0
+) -> dict[str, float | None]:
+    """The variance relative to another estimator's, on the same trajectories.
+
+    Args:
+        gradients: of K batches, [K, D].
+        base: of the same batches by the other estimator.
+        seed: of the bootstrap, which resamples both alike.
+
+    Returns:
+        The ratio and the central 95% of its bootstrap; None where nothing is known.
+    """
+    name = "relative_variance"
+    both = np.isfinite(gradients).all(axis=1) & np.isfinite(base).all(axis=1)
+    count = int(both.sum())
+    if count < 2:
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
+    ones = np.ones((1, count))
+    own, other = (_variances_of(x[both], ones) for x in (gradients, base))
+    found = {name: _ratio(own[0], other[0])}
+    if count < LEAST:
+        return found | dict.fromkeys((f"{name}_low", f"{name}_high"))
+    counts = _resamples(count, seed)
+    own, other = (_variances_of(x[both], counts) for x in (gradients, base))
+    low, high = np.quantile(own / np.maximum(other, 1e-300), QUANTILES)
+    return found | {f"{name}_low": _plain(low), f"{name}_high": _plain(high)}
+
+
+def compare_bias(
+    gradients: np.ndarray, unbiased: list[np.ndarray], reference: Reference
+) -> dict[str, float | None]:
+    """Bias along the gradient, held against estimators that are proved unbiased.
+
+    Args:
+        gradients: of K batches, [K, D].
+        unbiased: of the same batches; the one that leaves the least error is taken.
+        reference: gives the direction.
+
+    Returns:
+        The difference's mean and its standard error; None without any to compare with.
+    """
+    found: dict[str, float | None] = {"paired_bias": None, "paired_bias_error": None}
+    for other in unbiased:
+        along = (gradients - other) @ reference.gradient / reference.norm_sq
+        along = along[np.isfinite(along)]
+        if len(along) < 2:
+            continue
+        error = float(np.std(along, ddof=1) / np.sqrt(len(along)))
+        if found["paired_bias_error"] is None or error < found["paired_bias_error"]:
+            found = {"paired_bias": float(along.mean()), "paired_bias_error": error}
+    return found
+
+
 NAMES = (
     "variance",
     "bias",
@@ -189,9 +257,7 @@ def _standard_errors(parts: _Parts, reference: Reference) -> dict[str, Any]:
 def _intervals(parts: _Parts, batch_size: int, seed: int) -> dict[str, Any]:
     if parts.count < LEAST:
         return {f"{name}_{end}": None for name in NAMES for end in ("low", "high")}
-    rng = np.random.default_rng(seed)
-    even = np.full(parts.count, 1.0 / parts.count)
-    counts = rng.multinomial(parts.count, even, size=RESAMPLES).astype(float)
+    counts = _resamples(parts.count, seed)
     found: dict[str, Any] = {}
     # A resample of K has the spread of K - 1: widened to be right on average.
     again = parts.count / (parts.count - 1)
@@ -203,7 +269,7 @@ def _intervals(parts: _Parts, batch_size: int, seed: int) -> dict[str, Any]:
             values = values - parts.variances(np.ones((1, parts.count))).sum() / (
                 parts.count * parts.reference.norm_sq
             )
-        low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        low, high = np.quantile(values, QUANTILES)
         found[f"{name}_low"], found[f"{name}_high"] = _plain(low), _plain(high)
         found[f"{name}_error"] = _plain(np.std(values))
     found["bias_norm_sq_error"] = _plain(
@@ -211,6 +277,26 @@ def _intervals(parts: _Parts, batch_size: int, seed: int) -> dict[str, Any]:
     )
     del found["bias_error"]  # the standard error knows the reference's part as well
     return found
+
+
+def _resamples(count: int, seed: int) -> np.ndarray:
+    """How often each batch is drawn, [S, K]; the same for every estimator."""
+    rng = np.random.default_rng(seed)
+    even = np.full(count, 1.0 / count)
+    return rng.multinomial(count, even, size=RESAMPLES).astype(float)
+
+
+def _variances_of(x: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Total variance of each resample, [S]."""
+    x = np.asarray(x, np.float64)
+    centred = x - x.mean(axis=0)
+    shares = counts / len(x)
+    off = ((shares @ centred) ** 2).sum(axis=1)
+    return (shares @ (centred**2).sum(axis=1) - off) * len(x) / (len(x) - 1)
+
+
+def _ratio(one: float, other: float) -> float | None:
+    return _plain(one / other) if other > 0.0 else None
 
 
 def _reference_part(reference: Reference) -> float:

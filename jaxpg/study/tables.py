@@ -1,15 +1,20 @@
 """Tables of a study in words: for a terminal, and for the report."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from jaxpg.study.statistics import LEAST
 
 __all__ = [
+    "best_bias",
+    "bias_of",
     "bias_table",
+    "brief",
     "comparison_size",
     "number",
     "percent",
+    "show",
     "size_table",
     "variance_table",
     "with_interval",
@@ -39,7 +44,8 @@ def variance_table(rows: Sequence[Row], summary: Sequence[Row]) -> list[dict[str
                 "estimator": found["estimator"],
                 "N": str(row["batch_size"]),
                 "variance": with_interval(row, "variance"),
-                "bias": f"{percent(row['bias'])} ± {percent(row['bias_error'])}",
+                "relative": with_interval(row, "relative_variance"),
+                "bias": bias_of(row),
                 "SNR": number(row["snr"]),
                 "cosine": number(row["cosine"]),
                 "noise scale": with_interval(row, "noise_scale"),
@@ -59,12 +65,7 @@ def bias_table(rows: Sequence[Row]) -> list[dict[str, str]]:
     lines = []
     for name in dict.fromkeys(row["estimator"] for row in rows):
         mine = {r["batch_size"]: r for r in rows if r["estimator"] == name}
-        cells = {
-            f"N = {n}": f"{percent(mine[n]['bias'])} ± {percent(mine[n]['bias_error'])}"
-            if n in mine
-            else ""
-            for n in sizes
-        }
+        cells = {f"N = {n}": bias_of(mine[n]) if n in mine else "" for n in sizes}
         lines.append({"estimator": name, **cells})
     return lines
 
@@ -129,6 +130,47 @@ def with_interval(row: Row, name: str) -> str:
     if low is None or high is None:
         return number(row[name])
     return f"{number(row[name])} ({number(low)} to {number(high)})"
+
+
+def bias_of(row: Row) -> str:
+    """Bias along the gradient with its standard error, from pairs where there are."""
+    name = best_bias(row)
+    return f"{percent(row[name])} ± {percent(row[f'{name}_error'])}"
+
+
+def best_bias(row: Row) -> str:
+    """The name of the bias that is known best: paired, or against the reference."""
+    return "bias" if row.get("paired_bias") is None else "paired_bias"
+
+
+def brief(lines: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """A table without intervals, narrow enough for a terminal."""
+    left_out = ("cosine", "SNR")
+    return [
+        {
+            k: v.split(" (")[0].replace(" ± ", "±")
+            for k, v in line.items()
+            if k not in left_out
+        }
+        for line in lines
+    ]
+
+
+def show(title: str, lines: Sequence[dict[str, str]]) -> None:
+    """Print a table; nothing in it is broken over lines."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    if not lines:
+        return
+    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for index, name in enumerate(lines[0]):
+        side: Any = "left" if index == 0 else "right"
+        grid.add_column(name, justify=side, no_wrap=True)
+    for line in lines:
+        grid.add_row(*line.values())
+    Console(width=None if sys.stdout.isatty() else 140).print(grid)
 
 
 def _of(rows: Sequence[Row], name: str) -> Row | None:

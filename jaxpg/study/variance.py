@@ -25,18 +25,28 @@ from jaxpg.study.laws import (
     exact_term_law,
     fit_slope,
     has_independent_terms,
+    is_proved_unbiased,
     law_of,
+    pooled_errors,
 )
 from jaxpg.study.measure import Contender, measure_batches, why_not
 from jaxpg.study.progress import StudyProgress
 from jaxpg.study.settings import VarianceConfig
-from jaxpg.study.statistics import Reference, summarize
+from jaxpg.study.statistics import (
+    Reference,
+    compare_bias,
+    compare_variance,
+    summarize,
+)
 from jaxpg.study.store import default_folder, open_store
 from jaxpg.study.subjects import Subject
 
 __all__ = ["StudyResult", "study_variance"]
 
 BYTES_OF_GRADIENTS = 2**29
+
+BASE = "reward-to-go/none"
+"""What variances are relative to, where it takes part."""
 
 
 class StudyResult(NamedTuple):
@@ -170,10 +180,27 @@ def _cell(
                 config.seed,
             )
             row = {"estimator": contender.name, "batch_size": size, **found}
+            row |= _compared(able, contender, measured.gradients, reference, config)
             if off:
                 row["ess"] = float(np.mean(measured.ess[contender.name]))
             rows.append(row)
     return {"rows": rows, "notes": notes}
+
+
+def _compared(
+    able: list[Contender],
+    contender: Contender,
+    gradients: dict[str, np.ndarray],
+    reference: Reference,
+    config: VarianceConfig,
+) -> dict[str, Any]:
+    """Beside the others, batch by batch."""
+    own = gradients[contender.name]
+    base = BASE if BASE in gradients else able[0].name
+    found = compare_variance(own, gradients[base], config.seed)
+    proved = [c.name for c in able if is_proved_unbiased(c.estimator.config)]
+    others = [gradients[name] for name in proved if contender.name not in proved]
+    return {"base": base, **found, **compare_bias(own, others, reference)}
 
 
 def _with_seconds(row: dict[str, Any], timings: dict[str, Any]) -> dict[str, Any]:
@@ -205,10 +232,11 @@ def _summary(
 ) -> dict[str, Any]:
     mine = [row for row in rows if row["estimator"] == contender.name]
     config = contender.estimator.config
-    sizes, variances, errors = (
+    sizes, variances, errors, batches = (
         [row.get(name) for row in mine]
-        for name in ("batch_size", "variance", "variance_error")
+        for name in ("batch_size", "variance", "variance_error", "batches")
     )
+    errors = pooled_errors(variances, errors, batches)
     slope = fit_slope(sizes, variances, errors)
     law = law_of(config, sizes, variances, errors)
     oracle = _oracle_law(bench, contender)
@@ -216,6 +244,7 @@ def _summary(
     return {
         "estimator": contender.name,
         "independent_terms": has_independent_terms(config),
+        "proved_unbiased": is_proved_unbiased(config),
         "slope": None if slope is None else slope.value,
         "slope_error": None if slope is None else slope.error,
         "law": None if law is None else law._asdict(),
