@@ -8,8 +8,11 @@ return (on policy, E B = 0),
                                         c = Var(R) E|B|^2 + |E[R B]|^2
 
 because g is the mean of A - E[R] B less a U-statistic of (R[j] - E R) B[i] that is
-uncorrelated with it. The batch mean shrinks that gradient by 1 - 1/N. On a log-log
-scale a / N is a line of slope -1.
+uncorrelated with it. The batch mean has a trajectory's own return in it as well:
+
+    V(N) = tr Var(A - E[R] B - (R - E R) B / N) / N + c (N - 1) / N^3
+
+On a log-log scale a / N is a line of slope -1.
 
 The critical batch size is where signal equals noise, V(N) = |G|^2; for a / N that is
 McCandlish's noise scale a / |G|^2.
@@ -49,23 +52,28 @@ __all__ = [
 
 
 class Law(NamedTuple):
-    """V(N) = shrink(N)^2 (a / N + c / (N (N - 1))), shrink 1 or 1 - 1/N.
+    """V(N) = a / N + c / (N (N - 1)); of the batch mean where `own` is given.
 
     Attributes:
         a: variance of one trajectory's term.
         c: what a baseline that is fitted on the others adds.
-        shrunk: whether the whole is scaled by (1 - 1/N)^2, as with the batch mean.
+        own: tr Var((R - E R) B), where a trajectory's own return is in its baseline.
+        cross: tr Cov(A - E[R] B, (R - E R) B), likewise.
     """
 
     a: float
     c: float = 0.0
-    shrunk: bool = False
+    own: float | None = None
+    cross: float = 0.0
 
     def variance(self, batch_size: Any) -> Any:
         """V at some N, at least 2 where c is not 0."""
         n = np.asarray(batch_size, float)
+        if self.own is not None:
+            term = self.a - 2.0 * self.cross / n + self.own / n**2
+            return term / n + self.c * (n - 1.0) / n**3
         pairs = self.c / np.maximum(n * (n - 1.0), 1e-300) if self.c else 0.0
-        return (self.a / n + pairs) * ((1.0 - 1.0 / n) ** 2 if self.shrunk else 1.0)
+        return self.a / n + pairs
 
     def critical_batch_size(self, norm_sq: float) -> float | None:
         """The N at which V(N) = |G|^2; None where there is no signal.
@@ -210,11 +218,6 @@ def law_of(
         n, v, e = known.T
         weights = (n * e) ** -2.0
         return Law(float((weights * n * v).sum() / weights.sum()))
-    if config.baseline == "batch-mean":
-        n = known[:, 0]
-        shrink = np.maximum(1.0 - 1.0 / n, 1e-12) ** 2
-        law = fit_law(n, known[:, 1] / shrink, known[:, 2] / shrink)
-        return None if law is None else law._replace(shrunk=True)
     return fit_law(*known.T)
 
 
@@ -259,30 +262,33 @@ def exact_leave_one_out_law(subject: Subject, estimator: Estimator) -> Law:
             )[0]
             for w in credit
         )
-        total = credit.value[0, 0]
-        return a, b, total, total**2, a * b, b**2, total * b
+        return a, b, credit.value[0, 0]
 
-    a, b, mean, square, product, b_squares, with_return = (
-        np.asarray(x)
-        for x in exact.expected_estimate(
-            parts, subject.mdp, subject.policy, subject.params, 1
+    mdp = subject.mdp
+
+    def expected(estimate: Any) -> Any:
+        return exact.expected_estimate(
+            lambda rows: estimate(*parts(rows)), mdp, subject.policy, subject.params, 1
         )
-    )
 
-    def squares(rows: Trajectory) -> Array:
-        return parts(rows)[0] ** 2
+    mean, gradient = expected(lambda a, b, total: (total, total * b))
 
-    a_squares = np.asarray(
-        exact.expected_estimate(squares, subject.mdp, subject.policy, subject.params, 1)
-    )
-    term_mean = a - mean * b
-    second = a_squares - 2.0 * mean * product + mean**2 * b_squares
-    spread = square - mean**2
-    return Law(
-        float(np.sum(second - term_mean**2)),
-        float(spread * b_squares.sum() + (with_return**2).sum()),
-        estimator.config.baseline == "batch-mean",
-    )
+    def products(a: Array, b: Array, total: Array) -> tuple[Array, ...]:
+        term = a - mean * b - gradient
+        own = (total - mean) * b - gradient
+        return (
+            jnp.sum(term**2),
+            jnp.sum(own**2),
+            jnp.sum(term * own),
+            (total - mean) ** 2,
+            jnp.sum(b**2),
+        )
+
+    a, own, cross, spread, scores = (float(x) for x in expected(products))
+    c = spread * scores + float(jnp.sum(gradient**2))
+    if estimator.config.baseline == "batch-mean":
+        return Law(a, c, own, cross)
+    return Law(a, c)
 
 
 def _known(sizes: Any, variances: Any, errors: Any) -> np.ndarray:

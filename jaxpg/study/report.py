@@ -132,9 +132,10 @@ def write_variance_report(folder: Path) -> None:
         page.paragraph(
             "Variance in units of return squared, and relative to plain reward-to-go "
             "(or to the first) on the same trajectories; bias along the gradient, "
-            "relative to its length, with its standard error; noise scale and critical N in "
-            "trajectories; slope of log variance on log N; time with sampling; "
-            "variance × seconds relative to plain reward-to-go (or to the first)."
+            "relative to its length, with its standard error; noise scale and "
+            "critical N in trajectories; slope of log variance on log N; time with "
+            "sampling; variance × seconds relative to plain reward-to-go (or to the "
+            "first)."
         )
         page.heading("Cost")
         page.figure(
