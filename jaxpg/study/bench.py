@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxpg import exact
 from jaxpg.study.measure import (
     Contender,
+    Kept,
     fit_contenders,
     gradient_seconds,
     keys_of,
@@ -46,6 +47,7 @@ class Bench(NamedTuple):
         reference: sampler of the reference's trajectories.
         chunk_size: trajectories that one device holds.
         notes: what was left out, and why.
+        kept: sums over chunks, for batches of every size.
         discount: of the objective.
     """
 
@@ -56,6 +58,7 @@ class Bench(NamedTuple):
     reference: Sampler
     chunk_size: int
     notes: list[str]
+    kept: Kept
     discount: float
 
     @property
@@ -162,6 +165,7 @@ def make_bench(config: VarianceConfig, subject: Subject) -> Bench:
         sampler(subject.params, key_reference, 0),
         per_device,
         notes,
+        {},
         config.discount,
     )
 

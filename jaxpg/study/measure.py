@@ -55,6 +55,9 @@ FITS = 10
 
 Advance = Callable[[int], None]
 
+Kept = dict[tuple[Any, ...], PyTree]
+"""Sums over a chunk, by estimators and chunk: a larger batch's are sums of them."""
+
 
 class Contender(NamedTuple):
     """An estimator that takes part.
@@ -184,6 +187,7 @@ def measure_batches(
     num_batches: int,
     advance: Advance = lambda trajectories: None,
     parts: int | None = None,
+    kept: Kept | None = None,
 ) -> Measured:
     """Gradients of K independent batches of N trajectories.
 
@@ -197,14 +201,16 @@ def measure_batches(
         advance: told of trajectories that are done.
         parts: keep means over this many equal parts of the batches alone, in place of
             all K, where gradients are large; None keeps every one.
+        kept: sums over chunks, which serve batches of every size; filled here.
 
     Returns:
         Flat gradients, and effective sample sizes.
     """
     gathered = _Gathered(parts)
     measure = _within_chunks if _fits(batch_size, sampler, placement) else _over_chunks
+    kept = {} if kept is None else kept
     for found in measure(
-        contenders, subject, sampler, placement, batch_size, num_batches
+        contenders, subject, sampler, placement, batch_size, num_batches, kept
     ):
         gathered.add(*found)
         advance(len(found[0]) * batch_size)
@@ -258,8 +264,10 @@ def _within_chunks(
     placement: Placement,
     batch_size: int,
     num_batches: int,
+    kept: Kept,
 ) -> Iterator[Pair]:
     """Several whole batches in a chunk, one after another."""
+    del kept
     estimators, states = _split(contenders)
 
     def of_rows(shared: Any, rows: Trajectory) -> Any:
@@ -291,6 +299,7 @@ def _over_chunks(
     placement: Placement,
     batch_size: int,
     num_batches: int,
+    kept: Kept,
 ) -> Iterator[Pair]:
     """One batch of several chunks: sums of all of them, then each one's part."""
     estimators, states = _split(contenders)
@@ -304,22 +313,29 @@ def _over_chunks(
         found = _sums(estimators, params, states, rows, summaries)
         return jax.tree.map(lambda x: x[None], found)
 
-    def added(found: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), found)
+    # Devices' parts are added on the host: with collectives, programs that wait for one
+    # another in a queue can lock each other out on two CPU devices.
+    first = jax.jit(lambda *x: placement.map_rows(summarize, *x))
+    second = jax.jit(lambda *x: placement.map_rows(of_rows, *x))
+    names = tuple(contender.name for contender in contenders)
 
-    first = jax.jit(lambda *x: added(placement.map_rows(summarize, *x)))
-    second = jax.jit(lambda *x: added(placement.map_rows(of_rows, *x)))
+    def summary(index: int) -> PyTree:
+        if (names, index) not in kept:
+            found = first(subject.params, sampler.rows(index))
+            kept[names, index] = jax.tree.map(
+                lambda x: np.asarray(x, np.float64).sum(axis=0).astype(x.dtype), found
+            )
+        return kept[names, index]
+
     per_batch = max(1, batch_size // sampler.chunk_size)
     needs_batch = any(e.needs_batch for e in estimators)
     for batch in range(num_batches):
         chunks = range(batch * per_batch, (batch + 1) * per_batch)
         summaries: Any = [()] * len(estimators)
         if needs_batch:
-            summaries = _add_up(first(subject.params, sampler.rows(i)) for i in chunks)
+            summaries = functools.reduce(_plus, (summary(i) for i in chunks))
         shared = (subject.params, states, summaries)
-        total, reach = _add_up(
-            jax.tree.map(_wide, second(shared, sampler.rows(i))) for i in chunks
-        )
+        total, reach = _total(second(shared, sampler.rows(i)) for i in chunks)
         yield (total / batch_size)[None], reach[None]
 
 
@@ -381,13 +397,17 @@ def _split(contenders: list[Contender]) -> tuple[list[Estimator], list[PyTree]]:
     return [c.estimator for c in contenders], [c.state for c in contenders]
 
 
-def _add_up(parts: Iterable[PyTree]) -> PyTree:
-    return functools.reduce(lambda x, y: jax.tree.map(operator.add, x, y), parts)
+def _total(parts: Iterable[PyTree]) -> PyTree:
+    """The sum over chunks and devices, in float64: a thousand of them keep digits."""
+
+    def on_the_host(part: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: np.asarray(x, np.float64).sum(axis=0), part)
+
+    return functools.reduce(_plus, map(on_the_host, parts))
 
 
-def _wide(x: Array) -> np.ndarray:
-    """On the host in float64: sums over a thousand chunks keep their digits."""
-    return np.asarray(x, np.float64)
+def _plus(one: PyTree, other: PyTree) -> PyTree:
+    return jax.tree.map(operator.add, one, other)
 
 
 def gradient_seconds(

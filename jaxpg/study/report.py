@@ -16,6 +16,7 @@ from jaxpg.study.tables import (
     size_table,
     variance_table,
 )
+from jaxpg.train.progress import clock
 from jaxpg.train.provenance import read_json, write_text_atomically
 
 __all__ = ["variance_findings", "write_page", "write_variance_report"]
@@ -262,7 +263,8 @@ def _setting(results: Results) -> str:
         f"{facts['label']}: {facts['parameters']:,} parameters, "
         f"{own['trajectories']:,} trajectories of {own['mean_length']:.1f} decisions "
         f"and mean return {own['mean_return']:.2f}, each sampled once and shared by "
-        "all estimators. "
+        f"all estimators ({clock(facts['seconds'])}, at most "
+        f"{facts['peak_bytes'] / 2**30:.1f} GiB). "
         f"Estimates are held against {told}."
     )
 

@@ -8,6 +8,9 @@ gives the exact gradient; elsewhere the reference is a very large batch of traje
 that no estimator sees.
 """
 
+import resource
+import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,6 +100,7 @@ def study_variance(
     total = sum(n * _num_batches(config, bench, n) for n in sizes)
     total += 0 if bench.is_exact else config.reference_trajectories
     rows: list[dict[str, Any]] = []
+    costs: list[tuple[float, int]] = []
     with StudyProgress(show, total, "variance") as progress:
         reference = reference_of(bench, config, store, progress)
         timings = seconds_of(bench, store, progress)
@@ -108,6 +112,7 @@ def study_variance(
                 cell = store.put(f"size-{size:07d}", found)
             else:
                 progress.skip(size * _num_batches(config, bench, size))
+            costs.append((cell["seconds"], cell["peak_bytes"]))
             notes += [note for note in cell["notes"] if note not in notes]
             rows += [_with_seconds(row, timings) for row in cell["rows"]]
     summary = _summaries(bench, reference, rows, timings)
@@ -123,6 +128,8 @@ def study_variance(
             ),
         },
         "trajectories": bench.statistics(store),
+        "seconds": sum(seconds for seconds, _ in costs),
+        "peak_bytes": max(peak for _, peak in costs),
         "behaviour_kl": config.behaviour_kl,
     }
     results = {"facts": facts, "summary": summary, "notes": notes}
@@ -149,7 +156,7 @@ def _cell(
     progress: StudyProgress,
 ) -> dict[str, Any]:
     """All estimators at one batch size."""
-    rows, notes = [], []
+    rows, notes, began = [], [], time.monotonic()
     count = _num_batches(config, bench, size)
     for off, sampler in bench.samplers.items():
         able = []
@@ -170,6 +177,7 @@ def _cell(
             size,
             count,
             lambda n, share=share: progress.advance(share * n),  # type: ignore[misc]
+            kept=bench.kept,
         )
         for contender in able:
             found = summarize(
@@ -184,7 +192,18 @@ def _cell(
             if off:
                 row["ess"] = float(np.mean(measured.ess[contender.name]))
             rows.append(row)
-    return {"rows": rows, "notes": notes}
+    return {
+        "rows": rows,
+        "notes": notes,
+        "seconds": time.monotonic() - began,
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held, imports and compiling included."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def _compared(
