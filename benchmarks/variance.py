@@ -1,4 +1,4 @@
-"""The reference study: variance of estimators on CartPole-v1, at two stages of learning.
+"""The reference study: variance of estimators on CartPole-v1, at two stages.
 
     python benchmarks/variance.py [--folder studies] [--stage untrained|half-trained]
 

@@ -5,6 +5,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
@@ -21,7 +22,6 @@ from jaxpg.study.measure import (
 from jaxpg.study.naming import expand_names, parse_estimator
 from jaxpg.study.progress import StudyProgress
 from jaxpg.study.sampling import Sampler
-from jaxpg.study.settings import VarianceConfig
 from jaxpg.study.statistics import Reference, exact_reference, sampled_reference
 from jaxpg.study.store import Store
 from jaxpg.study.subjects import Subject, drifted, fresh_subject, from_checkpoint
@@ -112,7 +112,7 @@ def make_subject(config: Any) -> Subject:
     return drifted(subject, config.behaviour_kl, keys_of(config.seed)[3])
 
 
-def make_bench(config: VarianceConfig, subject: Subject) -> Bench:
+def make_bench(config: Any, subject: Subject) -> Bench:
     """Samplers and estimators; those that cannot take part are named in the notes.
 
     Args:
@@ -135,6 +135,9 @@ def make_bench(config: VarianceConfig, subject: Subject) -> Bench:
                 del configs[name]
     if not configs:
         raise ValueError(f"no estimator is left to study: {'; '.join(notes)}")
+    subject = subject._replace(
+        params=_anywhere(subject.params), behaviour=_anywhere(subject.behaviour)
+    )
     num_devices = min(2, jax.device_count())
     placement = place(config.num_devices or num_devices)
     per_device = max(1, config.chunk_size // placement.num_devices)
@@ -170,8 +173,17 @@ def make_bench(config: VarianceConfig, subject: Subject) -> Bench:
     )
 
 
+def _anywhere(params: Any) -> Any:
+    """The same numbers, bound to no device: a checkpoint's are bound to its own."""
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
+
+
 def reference_of(
-    bench: Bench, config: VarianceConfig, store: Store, progress: StudyProgress
+    bench: Bench,
+    config: Any,
+    store: Store,
+    progress: StudyProgress,
+    name: str = "reference",
 ) -> Reference:
     """The exact gradient, or the mean over a very large batch."""
     subject = bench.subject
@@ -180,7 +192,7 @@ def reference_of(
             subject.mdp, subject.policy, subject.params, config.discount
         )
         return exact_reference(ravel_pytree(gradient)[0])
-    kept = store.get("reference")
+    kept = store.get(name)
     if kept is not None:
         progress.skip(config.reference_trajectories)
         return Reference(
@@ -204,7 +216,7 @@ def reference_of(
     parts = _means_of(anchor, bench, size, count, progress)
     found = sampled_reference(parts, count * size)
     kept = found._asdict() | {"gradient": found.gradient.tolist()}
-    store.put("reference", kept)
+    store.put(name, kept)
     return found
 
 

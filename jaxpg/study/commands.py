@@ -5,13 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxpg.study.off_policy import study_off_policy
 from jaxpg.study.report import variance_findings
-from jaxpg.study.settings import VarianceConfig, quick_variance
+from jaxpg.study.reports import off_policy_findings, off_policy_table
+from jaxpg.study.settings import (
+    OffPolicyConfig,
+    VarianceConfig,
+    quick_off_policy,
+    quick_variance,
+)
 from jaxpg.study.store import read_settings
-from jaxpg.study.subjects import TABULAR, usual_policy
+from jaxpg.study.subjects import usual_policy
 from jaxpg.study.tables import brief, show, variance_table
 from jaxpg.study.variance import StudyResult, study_variance
-from jaxpg.train.config import PolicyConfig
 from jaxpg.train.provenance import read_json
 
 __all__ = ["STUDIES", "StudyCommand", "defaults_of", "run_study"]
@@ -44,6 +50,14 @@ def show_variance(result: StudyResult) -> None:
         print(f"- {line}")
 
 
+def show_off_policy(result: StudyResult) -> None:
+    """Print the table and the findings of a study of ratios."""
+    results = read_json(result.folder / "results.json")
+    show(f"{results['facts']['label']}, longest horizon", off_policy_table(result.rows))
+    for line in off_policy_findings(results):
+        print(f"- {line}")
+
+
 STUDIES: dict[str, StudyCommand] = {
     "variance": StudyCommand(
         "bias, variance, SNR, noise scale and cost of estimators x batch sizes",
@@ -51,6 +65,13 @@ STUDIES: dict[str, StudyCommand] = {
         quick_variance,
         study_variance,
         show_variance,
+    ),
+    "off-policy": StudyCommand(
+        "bias and variance of importance ratios as KL and horizon grow",
+        OffPolicyConfig,
+        quick_off_policy,
+        study_off_policy,
+        show_off_policy,
     ),
 }
 """Studies by name."""
@@ -69,8 +90,7 @@ def defaults_of(name: str, env: str | None, quick: bool) -> Any:
     settings = command.quick(**given) if quick else command.settings(**given)
     if not hasattr(settings, "policy"):
         return settings
-    tabular = any(settings.env.startswith(x.split("-")[0]) for x in TABULAR[2:])
-    policy = PolicyConfig() if tabular else usual_policy(settings.env)
+    policy = usual_policy(settings.env)
     return dataclasses.replace(settings, policy=policy)
 
 

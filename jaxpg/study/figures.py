@@ -27,6 +27,7 @@ __all__ = [
     "cost_figure",
     "dress",
     "logarithmic",
+    "panels",
     "save",
     "signal_figure",
     "style_of",
@@ -56,7 +57,7 @@ def variance_figure(results: dict[str, Any]) -> "Figure":
     Args:
         results: what `results.json` holds.
     """
-    figure, (left, right) = _panels(2)
+    figure, (left, right) = panels(2)
     for style, rows, found in _by_estimator(results):
         sizes = _column(rows, "batch_size")
         _line(left, sizes, rows, "variance", style)
@@ -81,7 +82,7 @@ def variance_figure(results: dict[str, Any]) -> "Figure":
 
 def bias_figure(results: dict[str, Any]) -> "Figure":
     """Bias along the gradient, with twice its standard error."""
-    figure, (axis,) = _panels(1)
+    figure, (axis,) = panels(1)
     for style, rows, _ in _by_estimator(results):
         sizes = _column(rows, "batch_size")
         name = best_bias(rows[0])
@@ -99,7 +100,7 @@ def bias_figure(results: dict[str, Any]) -> "Figure":
 
 def signal_figure(results: dict[str, Any]) -> "Figure":
     """Signal-to-noise ratio and cosine to the reference."""
-    figure, (left, right, last) = _panels(3)
+    figure, (left, right, last) = panels(3)
     for style, rows, _ in _by_estimator(results):
         sizes = _column(rows, "batch_size")
         _line(left, sizes, rows, "snr", style)
@@ -127,7 +128,7 @@ def cost_figure(results: dict[str, Any]) -> "Figure":
         if row["batch_size"] == comparison_size(mine)
         if row["variance_times_seconds"] is not None
     ]
-    figure, axes = _panels(3, height=0.42 * len(rows) + 1.4, sharey=True)
+    figure, axes = panels(3, height=0.42 * len(rows) + 1.4, sharey=True)
     names = [row["estimator"] for row in rows]
     places = np.arange(len(rows))[::-1]
     per = 1e6 / np.array([row["batch_size"] for row in rows])
@@ -174,7 +175,7 @@ def block_figure(results: dict[str, Any]) -> "Figure":
         if row["variance"]
     ]
     blocks = list(rows[0]["variance_by_block"])
-    figure, (axis,) = _panels(1, height=0.36 * len(rows) + 1.6)
+    figure, (axis,) = panels(1, height=0.36 * len(rows) + 1.6)
     left = np.zeros(len(rows))
     places = np.arange(len(rows))[::-1]
     for k, block in enumerate(blocks):
@@ -193,6 +194,26 @@ def block_figure(results: dict[str, Any]) -> "Figure":
     figure.legend(loc="outside right upper", frameon=False, fontsize=8, title="block")
     figure.suptitle(_title(results), fontsize=11)
     return figure
+
+
+def panels(
+    number: int, *, width: float = 4.4, height: float = 4.2, **options: Any
+) -> tuple[Any, Any]:
+    """A figure with panels in a row, and room for a legend beside them.
+
+    Args:
+        number: of panels.
+        width: of one, in inches.
+        height: of all, in inches.
+        **options: of matplotlib's `subplots`.
+
+    Returns:
+        The figure and its axes.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * number + 2.4, height), layout="constrained")
+    return figure, figure.subplots(1, number, squeeze=False, **options)[0]
 
 
 def save(figure: "Figure", folder: Path, name: str) -> bytes:
@@ -255,14 +276,6 @@ def logarithmic(axis: "Axes", sizes: Sequence[int], label: str) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel(label)
     dress(axis)
-
-
-def _panels(number: int, height: float = 4.2, **options: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.4 * number + 2.4, height), layout="constrained")
-    axes = figure.subplots(1, number, squeeze=False, **options)[0]
-    return figure, axes
 
 
 def _by_estimator(results: dict[str, Any]) -> list[tuple[Style, list[Row], Row]]:

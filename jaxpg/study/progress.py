@@ -19,6 +19,7 @@ class StudyProgress:
         self._total = total
         self._done = 0.0
         self._counted = 0.0
+        self._is_first = True
         self._what = what
         self._text = "compiling"
         self._began = time.monotonic()
@@ -51,7 +52,10 @@ class StudyProgress:
     def advance(self, amount: float) -> None:
         """Count work that was done now."""
         self._done += amount
-        self._counted += amount
+        if self._is_first:  # it was compiled, which says nothing of the speed
+            self._is_first, self._began = False, time.monotonic()
+        else:
+            self._counted += amount
         self._draw()
 
     def say(self, text: str) -> None:

@@ -8,7 +8,12 @@ from jaxpg._checks import check_positive, check_range
 from jaxpg.study.naming import expand_names
 from jaxpg.train.config import PolicyConfig
 
-__all__ = ["VarianceConfig", "quick_variance"]
+__all__ = [
+    "OffPolicyConfig",
+    "VarianceConfig",
+    "quick_off_policy",
+    "quick_variance",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +104,84 @@ def quick_variance(**changes: Any) -> VarianceConfig:
         ),
     }
     return VarianceConfig(**(small | changes))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OffPolicyConfig:
+    """Settings of the study of importance ratios."""
+
+    env: str = "chain"
+    """A tabular world without an end of its own, "chain" or "random-SEED", where bias
+    and growth are known exactly; or any environment (`jaxpg list envs`)."""
+    checkpoint: Path | None = None
+    """Folder of a run whose policy is the target; unset: an untrained one."""
+    update: str = "latest"
+    """Which checkpoint of the run: latest, best, or an update's number."""
+    member: int = 0
+    """Which of the run's seeds or swept settings."""
+    policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
+    """Networks of an untrained policy."""
+    estimators: tuple[str, ...] = ("ratios",)
+    """Names with a ratio, such as causal or first-order/max-rho=2; or the group
+    ratios."""
+    kls: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
+    """KL(mu || pi) per decision, in nats."""
+    horizons: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
+    """Decisions after which episodes are truncated."""
+    batch_size: int = 64
+    """Trajectories in a batch; a power of two."""
+    num_trajectories: int = 2**14
+    """Trajectories in each cell: num_trajectories / batch_size batches."""
+    reference_trajectories: int = 2**14
+    """Trajectories of the reference gradient, where no exact one is known."""
+    seed: int = 0
+    """Random seed of everything."""
+    chunk_size: int = 1024
+    """Trajectories that are held at once; a power of two."""
+    num_devices: int | None = None
+    """Devices that share the trajectories, 1 or 2. Unset: 2 where there are."""
+    memory_gib: float = 1.0
+    """Trajectories are kept up to this, and played again beyond it."""
+    folder: Path | None = None
+    """Where the study is kept. Unset: studies/KIND-ENVIRONMENT-TIME."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "chunk_size"):
+            _check_power_of_two(name, getattr(self, name))
+        for name in ("kls", "horizons"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty, needs at least one value")
+        for kl in self.kls:
+            check_range("kls", kl, 0.0, open_low=True)
+        for horizon in self.horizons:
+            check_positive("horizons", horizon)
+        if self.num_trajectories < 8 * self.batch_size:
+            raise ValueError(
+                f"num_trajectories is {self.num_trajectories}, needs at least 8 "
+                f"batches = {8 * self.batch_size}, for an interval; sample more"
+            )
+        expand_names(self.estimators)
+
+    @property
+    def discount(self) -> float:
+        """Of the objective: horizons are finite."""
+        return 1.0
+
+
+def quick_off_policy(**changes: Any) -> OffPolicyConfig:
+    """Settings that finish within two minutes on two cores.
+
+    Args:
+        **changes: settings that differ from that.
+    """
+    small: dict[str, Any] = {
+        "kls": (0.01, 0.1),
+        "horizons": (2, 8, 32),
+        "num_trajectories": 2**12,
+        "reference_trajectories": 2**13,
+        "chunk_size": 512,
+    }
+    return OffPolicyConfig(**(small | changes))
 
 
 def _check_power_of_two(name: str, value: int) -> None:

@@ -95,6 +95,7 @@ def study_variance(
     folder = config.folder or default_folder("variance", label)
     store, changes = open_store(folder, "variance", config)
     bench = make_bench(config, subject)
+    subject = bench.subject
     notes = [*(f"resumed: {change}" for change in changes), *bench.notes]
     sizes = sorted(set(config.batch_sizes))
     total = sum(n * _num_batches(config, bench, n) for n in sizes)
