@@ -2,8 +2,8 @@
 
     python benchmarks/variance.py [--folder studies] [--stage untrained|half-trained]
 
-`untrained`: 2^18 trajectories of a policy before its first update, batches of 2^4 to
-2^18. `half-trained`: 2^14 of the policy after ten updates of REINFORCE, whose episodes
+`untrained`: 2^16 trajectories of a policy before its first update, batches of 2^4 to
+2^16. `half-trained`: 2^14 of the policy after ten updates of REINFORCE, whose episodes
 are several times as long, batches of 2^4 to 2^11. Each is what `jaxpg study variance`
 gives for these settings; a study that is interrupted goes on where it was. Results and
 the main figure are stored beside the other benchmarks'.
@@ -25,7 +25,8 @@ from jaxpg.train.loop import train
 from jaxpg.train.provenance import read_json, write_json_atomically
 
 UPDATES = 10
-SIZES = {"untrained": 18, "half-trained": 14}
+SIZES = {"untrained": 16, "half-trained": 14}
+REFERENCE = {"untrained": 17, "half-trained": 13}
 
 
 def main() -> None:
@@ -43,9 +44,9 @@ def settings(stage: str, folder: Path) -> VarianceConfig:
     largest = SIZES[stage]
     config = VarianceConfig(
         num_trajectories=2**largest,
-        batch_sizes=tuple(2**k for k in range(4, largest + 1)),
+        batch_sizes=tuple(2**k for k in (*range(4, 11), *range(12, largest + 1, 2))),
         max_batches=64,
-        reference_trajectories=2 ** (largest - 1),
+        reference_trajectories=2 ** REFERENCE[stage],
         folder=folder / f"reference-{stage}",
     )
     if stage == "untrained":

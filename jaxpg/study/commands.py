@@ -5,12 +5,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxpg.study.batch_size import study_batch_size
+from jaxpg.study.learning import study_learning
 from jaxpg.study.off_policy import study_off_policy
 from jaxpg.study.report import variance_findings
-from jaxpg.study.reports import off_policy_findings, off_policy_table
+from jaxpg.study.reports import (
+    batch_size_findings,
+    batch_size_table,
+    learning_findings,
+    learning_table,
+    off_policy_findings,
+    off_policy_table,
+)
 from jaxpg.study.settings import (
+    BatchSizeConfig,
+    LearningConfig,
     OffPolicyConfig,
     VarianceConfig,
+    quick_batch_size,
+    quick_learning,
     quick_off_policy,
     quick_variance,
 )
@@ -58,6 +71,22 @@ def show_off_policy(result: StudyResult) -> None:
         print(f"- {line}")
 
 
+def show_learning(result: StudyResult) -> None:
+    """Print the table and the findings of a study of learning."""
+    results = read_json(result.folder / "results.json")
+    show(results["facts"]["label"], learning_table(result.rows))
+    for line in learning_findings(results):
+        print(f"- {line}")
+
+
+def show_batch_size(result: StudyResult) -> None:
+    """Print the table and the findings of a study of batch sizes."""
+    results = read_json(result.folder / "results.json")
+    show(results["facts"]["label"], batch_size_table(result.rows))
+    for line in batch_size_findings(results):
+        print(f"- {line}")
+
+
 STUDIES: dict[str, StudyCommand] = {
     "variance": StudyCommand(
         "bias, variance, SNR, noise scale and cost of estimators x batch sizes",
@@ -72,6 +101,20 @@ STUDIES: dict[str, StudyCommand] = {
         quick_off_policy,
         study_off_policy,
         show_off_policy,
+    ),
+    "learning": StudyCommand(
+        "learning curves of estimators x batch sizes x step sizes, over seeds",
+        LearningConfig,
+        quick_learning,
+        study_learning,
+        show_learning,
+    ),
+    "batch-size": StudyCommand(
+        "time to a target return against batch size, beside the noise scale",
+        BatchSizeConfig,
+        quick_batch_size,
+        study_batch_size,
+        show_batch_size,
     ),
 }
 """Studies by name."""

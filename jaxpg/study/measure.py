@@ -321,9 +321,9 @@ def _over_chunks(
 
     def summary(index: int) -> PyTree:
         if (names, index) not in kept:
-            found = first(subject.params, sampler.rows(index))
+            found = [first(subject.params, part) for part in sampler.parts(index)]
             kept[names, index] = jax.tree.map(
-                lambda x: np.asarray(x, np.float64).sum(axis=0).astype(x.dtype), found
+                lambda x, y: x.astype(y.dtype), _total(found), found[0]
             )
         return kept[names, index]
 
@@ -335,7 +335,9 @@ def _over_chunks(
         if needs_batch:
             summaries = functools.reduce(_plus, (summary(i) for i in chunks))
         shared = (subject.params, states, summaries)
-        total, reach = _total(second(shared, sampler.rows(i)) for i in chunks)
+        total, reach = _total(
+            second(shared, part) for i in chunks for part in sampler.parts(i)
+        )
         yield (total / batch_size)[None], reach[None]
 
 

@@ -10,6 +10,7 @@ drop ratios, which is that of another mixture of states and values
 (`jaxpg.exact.mixed_gradient`).
 """
 
+import dataclasses
 import time
 from typing import Any
 
@@ -18,9 +19,11 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jaxpg import exact
+from jaxpg.credit import CreditConfig
+from jaxpg.estimators import EstimatorConfig
 from jaxpg.study.bench import Bench, make_bench, reference_of
-from jaxpg.study.measure import keys_of, measure_batches, why_not
-from jaxpg.study.naming import expand_names, parse_estimator
+from jaxpg.study.measure import Contender, keys_of, measure_batches, why_not
+from jaxpg.study.naming import estimator_name, expand_names, parse_estimator
 from jaxpg.study.progress import StudyProgress
 from jaxpg.study.settings import OffPolicyConfig
 from jaxpg.study.statistics import Reference, summarize
@@ -101,24 +104,27 @@ def _cell(
     """All forms at one horizon and KL."""
     began = time.monotonic()
     subject = drifted(_subject(config, horizon), kl, keys_of(config.seed)[3])
-    bench = make_bench(config, subject)
+    bench = make_bench(_with_own(config), subject)
     quiet = StudyProgress(False, 1.0, "")
     reference = reference_of(bench, config, store, quiet, f"reference-{horizon:05d}")
     notes = list(bench.notes)
     able = []
-    for contender in bench.contenders:
+    for contender in bench.group(True):
         reason = why_not(contender, config.batch_size, bench.chunk_size)
         if reason is None:
             able.append(contender)
         else:
             notes.append(reason)
-    measured = measure_batches(
-        able,
-        bench.subject,
-        bench.samplers[True],
-        bench.placement,
-        config.batch_size,
-        config.num_trajectories // config.batch_size,
+    measured, own = (
+        measure_batches(
+            some,
+            bench.subject,
+            bench.samplers[off],
+            bench.placement,
+            config.batch_size,
+            config.num_trajectories // config.batch_size,
+        )
+        for off, some in ((True, able), (False, bench.group(False)))
     )
     world = _of_world(bench, horizon, kl, keys_of(config.seed)[4])
     rows = []
@@ -130,8 +136,9 @@ def _cell(
             bench.subject.blocks(),
             config.seed,
         )
-        ratio = contender.estimator.config.credit.ratio
         tamed = contender.divides or contender.estimator.config.credit.max_rho
+        counterpart = own.gradients[_own_name(contender.name)]
+        limit = None if tamed else _limit(bench, contender, reference)
         rows.append(
             {
                 "estimator": contender.name,
@@ -139,7 +146,8 @@ def _cell(
                 **world,
                 **cell,
                 "ess": float(np.mean(measured.ess[contender.name])),
-                "exact_bias_norm": None if tamed else _bias(bench, ratio, reference),
+                "on_policy_variance": float(counterpart.var(axis=0, ddof=1).sum()),
+                **_biases(limit, reference),
             }
         )
     progress.say(f"horizon {horizon}, KL {kl:g}")
@@ -188,21 +196,51 @@ def _of_world(bench: Bench, horizon: int, kl: float, key: Any) -> dict[str, Any]
     }
 
 
-def _bias(bench: Bench, ratio: str, reference: Reference) -> float | None:
-    """|limit - G| / |G| of a form, exactly; 0 for those that drop nothing."""
+def _limit(
+    bench: Bench, contender: Contender, reference: Reference
+) -> np.ndarray | None:
+    """What a form has for its mean, exactly; None where the world has no tables."""
     subject = bench.subject
     if subject.mdp is None:
         return None
+    ratio = contender.estimator.config.credit.ratio
     if ratio not in LIMITS:
-        return 0.0
+        return reference.gradient
     assert subject.behaviour is not None
     who = {"target": subject.params, "behaviour": subject.behaviour}
     states, values = (who[name] for name in LIMITS[ratio])
     limit = exact.mixed_gradient(
         subject.mdp, subject.policy, subject.params, states, values, 1.0
     )
-    off = np.asarray(ravel_pytree(limit)[0], np.float64) - reference.gradient
-    return float(np.linalg.norm(off) / np.linalg.norm(reference.gradient))
+    return np.asarray(ravel_pytree(limit)[0], np.float64)
+
+
+def _biases(limit: np.ndarray | None, reference: Reference) -> dict[str, float | None]:
+    """Along the gradient, and as a whole; relative to the gradient's length."""
+    if limit is None:
+        return {"exact_bias": None, "exact_bias_norm": None}
+    off = limit - reference.gradient
+    return {
+        "exact_bias": float(off @ reference.gradient / reference.norm_sq),
+        "exact_bias_norm": float(np.sqrt(off @ off / reference.norm_sq)),
+    }
+
+
+def _with_own(config: OffPolicyConfig) -> OffPolicyConfig:
+    """The same study with each form's counterpart on policy."""
+    names = expand_names(config.estimators)
+    own = tuple(dict.fromkeys(_own_name(name) for name in names))
+    return dataclasses.replace(config, estimators=(*names, *own))
+
+
+def _own_name(name: str) -> str:
+    """The estimator without ratios that a form becomes on policy."""
+    config = parse_estimator(name)
+    return estimator_name(
+        EstimatorConfig(
+            credit=CreditConfig(credit=config.credit.credit), baseline=config.baseline
+        )
+    )
 
 
 def _check_ratios(config: OffPolicyConfig) -> None:

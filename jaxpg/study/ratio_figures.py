@@ -7,64 +7,44 @@ import numpy as np
 from jaxpg.study.figures import Style, dress, logarithmic, panels, style_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["bias_of_ratios_figure", "ess_figure", "variance_of_ratios_figure"]
 
 Row = dict[str, Any]
+ENDS = ("low", "high")
 
 
 def variance_of_ratios_figure(results: dict[str, Any]) -> "Figure":
-    """N V / |G|^2 against the horizon, and E[W^2], which the whole product follows.
+    """Variance over that of the same estimator on policy, and E[W^2] beside it.
 
     Args:
         results: what `results.json` holds.
     """
-    figure, axes = _by_kl(results, "noise_scale", interval=True)
+    figure, axes = _by_kl(results, "variance", over="on_policy_variance")
     for axis, kl in zip(axes, _kls(results), strict=True):
-        horizons, moments = _theory(results, kl, "weight_second_moment")
-        if np.isfinite(moments).any():
-            first = [
-                r["noise_scale"]
-                for r in results["rows"]
-                if r["kl"] == kl and r["horizon"] == horizons[0]
-                if r["estimator"].endswith("/whole")
-            ]
-            scale = max(first, default=1.0) / moments[0] / horizons[0]
-            axis.plot(
-                horizons,
-                scale * horizons * moments,
-                color="#555555",
-                lw=6,
-                alpha=0.25,
-                zorder=1,
-                label="T · E[W²], exact,\nfrom the first point on",
-            )
+        horizons, moments = _theory(results, kl)
+        _pale(axis, horizons, moments, "#555555", "E[W²], exact")
         axis.set_yscale("log")
-    axes[0].set_ylabel("N · variance / |∇J|²\n(trajectories)")
+    axes[0].set_ylabel("variance over that of the\nsame estimator on policy")
     return _closed(figure, axes, results)
 
 
 def bias_of_ratios_figure(results: dict[str, Any]) -> "Figure":
-    """Bias along the gradient against the horizon.
+    """Bias along the gradient against the horizon, and the exact one.
 
     Args:
         results: what `results.json` holds.
     """
-    figure, axes = _by_kl(results, "bias_norm", interval=False)
+    figure, axes = _by_kl(results, "bias", scale=100.0, error="bias_error")
     for axis, kl in zip(axes, _kls(results), strict=True):
         for style, mine in _lines(results, kl):
-            exact = _column(mine, "exact_bias_norm")
-            exact[exact == 0.0] = np.nan
-            axis.plot(
-                _column(mine, "horizon"),
-                100 * exact,
-                color=style["color"],
-                lw=6,
-                alpha=0.25,
-                zorder=1,
-            )
-    axes[0].set_ylabel("|bias| / |∇J| (%)")
+            exact = 100 * _column(mine, "exact_bias")
+            if np.any(exact != 0.0):
+                _pale(axis, _column(mine, "horizon"), exact, style["color"])
+        axis.set_ylim(-160, 60)
+    axes[0].set_ylabel("bias along the gradient\n(% of |∇J|, bars: 95%)")
     return _closed(figure, axes, results)
 
 
@@ -74,56 +54,57 @@ def ess_figure(results: dict[str, Any]) -> "Figure":
     Args:
         results: what `results.json` holds.
     """
-    figure, axes = _by_kl(results, "ess", interval=False)
+    figure, axes = _by_kl(results, "ess", scale=100.0)
     for axis, kl in zip(axes, _kls(results), strict=True):
-        horizons, moments = _theory(results, kl, "weight_second_moment")
-        if np.isfinite(moments).any():
-            axis.plot(
-                horizons,
-                100 / moments,
-                color="#555555",
-                lw=6,
-                alpha=0.25,
-                zorder=1,
-                label="1 / E[W²], exact",
-            )
+        horizons, moments = _theory(results, kl)
+        _pale(axis, horizons, 100 / moments, "#555555", "1 / E[W²], exact")
         axis.set_yscale("log")
     axes[0].set_ylabel("effective sample size (% of decisions)")
     return _closed(figure, axes, results)
 
 
-def _by_kl(results: dict[str, Any], name: str, *, interval: bool) -> Any:
+def _by_kl(
+    results: dict[str, Any],
+    name: str,
+    *,
+    scale: float = 1.0,
+    over: str | None = None,
+    error: str | None = None,
+) -> Any:
     kls = _kls(results)
     figure, axes = panels(len(kls), width=3.1, sharey=True)
-    scale = 1.0 if name == "noise_scale" else 100.0
     for axis, kl in zip(axes, kls, strict=True):
         for style, mine in _lines(results, kl):
-            x = _column(mine, "horizon")
-            y = scale * (_norms(mine) if name == "bias_norm" else _column(mine, name))
-            axis.plot(x, y, lw=1.3, ms=4, **style)
-            if interval:
-                low, high = (_column(mine, f"{name}_{end}") for end in ("low", "high"))
-                axis.fill_between(x, low, high, color=style["color"], alpha=0.09, lw=0)
+            shift = style.pop("shift") if error else style.pop("shift") ** 0
+            x = _column(mine, "horizon") * shift
+            unit = scale / (_column(mine, over) if over else 1.0)
+            if error:
+                bars = 1.96 * scale * _column(mine, error)
+                axis.errorbar(x, unit * _column(mine, name), bars, ms=4, lw=1, **style)
+                continue
+            axis.plot(x, unit * _column(mine, name), lw=1.3, ms=4, **style)
+            low, high = (unit * _column(mine, f"{name}_{end}") for end in ENDS)
+            axis.fill_between(x, low, high, color=style["color"], alpha=0.09, lw=0)
         axis.set_title(f"KL {kl:g} nats a decision", fontsize=9)
         logarithmic(axis, _horizons(results), "horizon T (decisions)")
         dress(axis)
     return figure, axes
 
 
-def _norms(rows: list[Row]) -> np.ndarray:
-    """|bias| where it is seen: more than twice its standard error over 0."""
-    square, error = (_column(rows, n) for n in ("bias_norm_sq", "bias_norm_sq_error"))
-    seen = square > 2.0 * np.nan_to_num(error, nan=np.inf)
-    return np.where(seen, np.sqrt(np.maximum(square, 0.0)), np.nan)
+def _pale(
+    axis: "Axes", x: np.ndarray, y: np.ndarray, colour: str, label: str | None = None
+) -> None:
+    """A wide pale line for what is known exactly."""
+    if np.isfinite(y).any():
+        axis.plot(x, y, color=colour, lw=6, alpha=0.25, zorder=1, label=label)
 
 
-def _theory(
-    results: dict[str, Any], kl: float, name: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _theory(results: dict[str, Any], kl: float) -> tuple[np.ndarray, np.ndarray]:
+    """The exact second moment of the trajectory's weight at each horizon."""
     found = {
-        r["horizon"]: r[name]
+        r["horizon"]: r["weight_second_moment"]
         for r in results["rows"]
-        if r["kl"] == kl and r[name] is not None
+        if r["kl"] == kl and r["weight_second_moment"] is not None
     }
     horizons = np.array(sorted(found), float)
     return horizons, np.array([found[h] for h in sorted(found)], float)
@@ -134,7 +115,10 @@ def _lines(results: dict[str, Any], kl: float) -> list[tuple[Style, list[Row]]]:
     found = []
     for index, name in enumerate(names):
         mine = [r for r in results["rows"] if r["estimator"] == name and r["kl"] == kl]
-        style = style_of(index) | {"label": name.replace("reward-to-go/none/", "")}
+        style = style_of(index) | {
+            "label": name.replace("reward-to-go/none/", ""),
+            "shift": 2.0 ** (0.35 * ((index + 0.5) / len(names) - 0.5)),
+        }
         found.append((style, sorted(mine, key=lambda r: r["horizon"])))
     return found
 

@@ -6,7 +6,9 @@ estimators at all sizes see the same luck (common random numbers). Chunks are ke
 memory lasts, and played again, to the bit, where it does not.
 
 Rows are cut behind the last decision of any of them, at a power of two times 16, so
-that little is computed for nothing and few programs are compiled.
+that little is computed for nothing and few programs are compiled. For sums over rows,
+which do not mind their order, a chunk comes in parts of rows of similar lengths: most
+episodes are much shorter than the longest.
 """
 
 from typing import Any, NamedTuple
@@ -55,7 +57,9 @@ class Sampler:
         self.chunk_size = chunk_size
         self.seen: dict[int, Seen] = {}
         self._kept: dict[int, Trajectory] = {}
+        self._parts: dict[int, list[Trajectory]] = {}
         self._left = memory_bytes
+        self._num_parts = _most_parts(chunk_size, placement.num_devices)
         self._max_steps = subject.max_steps
 
         def play(shared: tuple[Params, PRNGKey], ids: Array) -> PyTree:
@@ -81,14 +85,33 @@ class Sampler:
         if index in self._kept:
             rows = self._kept[index]
         else:
-            rows, lengths, returns = self._sample(
-                jnp.asarray(index * self.chunk_size, jnp.int32)
-            )
-            seen = _see(lengths, returns, self._max_steps)
-            self.seen[index] = seen
-            rows = jax.tree.map(lambda x: x[:, : seen.length], rows)
+            rows = self._play(index)
             self._keep(index, rows)
         return rows if length is None else _stretched(rows, length)
+
+    def _play(self, index: int) -> Trajectory:
+        rows, lengths, returns = self.again(index)
+        seen = _see(lengths, returns, self._max_steps)
+        self.seen[index] = seen
+        return jax.tree.map(lambda x: x[:, : seen.length], rows)
+
+    def parts(self, index: int) -> list[Trajectory]:
+        """The same trajectories in parts of equal size, each of similar lengths.
+
+        Args:
+            index: which chunk.
+        """
+        if index in self._parts:
+            return self._parts[index]
+        rows = jax.tree.map(np.asarray, self._play(index))
+        lengths = rows.mask.sum(axis=1)
+        shares = np.split(np.argsort(lengths, kind="stable"), self._num_parts)
+        parts = [_taken(rows, s, lengths, self._max_steps) for s in shares]
+        size = sum(x.nbytes for x in jax.tree.leaves(parts))
+        if size <= self._left:
+            self._parts[index] = parts
+            self._left -= size
+        return parts
 
     def longest(self, indices: range) -> int:
         """Slots that hold every trajectory of these chunks; samples what is new."""
@@ -132,6 +155,19 @@ def cut_length(longest: int, max_steps: int) -> int:
     while length < longest:
         length *= 2
     return min(length, max_steps)
+
+
+def _most_parts(chunk_size: int, num_devices: int) -> int:
+    """Parts of at least 16 rows a device, at most 8."""
+    return max(1, min(8, chunk_size // (16 * num_devices)))
+
+
+def _taken(
+    rows: Trajectory, which: np.ndarray, lengths: np.ndarray, max_steps: int
+) -> Trajectory:
+    """Some of the rows, cut behind the longest of them."""
+    longest = cut_length(int(lengths[which].max()), max_steps)
+    return jax.tree.map(lambda x: x[which, :longest], rows)
 
 
 def _see(lengths: Any, returns: Any, max_steps: int) -> Seen:

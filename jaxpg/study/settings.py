@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from jaxpg._checks import check_positive, check_range
-from jaxpg.study.naming import expand_names
+from jaxpg.study.naming import expand_names, parse_estimator
 from jaxpg.train.config import PolicyConfig
 
 __all__ = [
+    "BatchSizeConfig",
+    "LearningConfig",
     "OffPolicyConfig",
     "VarianceConfig",
+    "quick_batch_size",
+    "quick_learning",
     "quick_off_policy",
     "quick_variance",
 ]
@@ -182,6 +186,145 @@ def quick_off_policy(**changes: Any) -> OffPolicyConfig:
         "chunk_size": 512,
     }
     return OffPolicyConfig(**(small | changes))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearningConfig:
+    """Settings of the study of learning."""
+
+    env: str = "CartPole-v1"
+    """Environment; `jaxpg list envs` shows all."""
+    max_steps: int | None = None
+    """Truncate episodes after this many decisions."""
+    policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
+    """Networks of the policy."""
+    estimators: tuple[str, ...] = (
+        "total-return",
+        "reward-to-go",
+        "leave-one-out",
+        "time-dependent",
+    )
+    """Names CREDIT/BASELINE, without ratios."""
+    batch_sizes: tuple[int, ...] = (16, 64, 256)
+    """Trajectories of an update; powers of two."""
+    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
+    """Step sizes of Adam. The one whose first half of the seeds learns fastest is shown
+    on the other half, so that no curve profits from the luck that chose it."""
+    num_episodes: int = 4096
+    """Trajectories that every run may learn from."""
+    num_seeds: int = 16
+    """Seeds of every run, side by side in one program; even."""
+    seed: int = 0
+    """First random seed."""
+    members_at_once: int | None = 8
+    """Seeds times step sizes that run side by side; the others wait for their turn."""
+    folder: Path | None = None
+    """Where the study is kept. Unset: studies/KIND-ENVIRONMENT-TIME."""
+
+    def __post_init__(self) -> None:
+        _check_learning(self)
+        if any(parse_estimator(x).credit.ratio != "none" for x in self.estimators):
+            raise ValueError(
+                f"estimators are {', '.join(self.estimators)}, needs names without "
+                "ratios: REINFORCE learns from its own trajectories; take them out"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchSizeConfig:
+    """Settings of the study of batch sizes."""
+
+    env: str = "CartPole-v1"
+    """Environment; `jaxpg list envs` shows all."""
+    max_steps: int | None = None
+    """Truncate episodes after this many decisions."""
+    policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
+    """Networks of the policy."""
+    estimators: tuple[str, ...] = ("time-dependent",)
+    """Names CREDIT/BASELINE, without ratios."""
+    target_return: float = 400.0
+    """Mean return of the last `window` episodes that ends the race."""
+    window: int = 64
+    """Episodes that this mean is over, or one update's, if those are more."""
+    batch_sizes: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512)
+    """Trajectories of an update; powers of two."""
+    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
+    """Step sizes of Adam; each batch size takes the one that is fastest on the first
+    half of the seeds, and is shown on the other half."""
+    num_episodes: int = 8192
+    """Trajectories that every run may learn from."""
+    num_seeds: int = 16
+    """Seeds of every run, side by side in one program; even."""
+    seed: int = 0
+    """First random seed."""
+    members_at_once: int | None = 8
+    """Seeds times step sizes that run side by side; the others wait for their turn."""
+    noise_trajectories: int = 4096
+    """Trajectories that the noise scale is measured with, at each of four stages."""
+    folder: Path | None = None
+    """Where the study is kept. Unset: studies/KIND-ENVIRONMENT-TIME."""
+
+    def __post_init__(self) -> None:
+        _check_learning(self)
+        check_positive("window", self.window)
+        check_positive("noise_trajectories", self.noise_trajectories)
+
+
+def quick_learning(**changes: Any) -> LearningConfig:
+    """Settings that finish within two minutes on two cores.
+
+    Args:
+        **changes: settings that differ from that.
+    """
+    small: dict[str, Any] = {
+        "estimators": ("reward-to-go", "time-dependent"),
+        "batch_sizes": (16, 64),
+        "learning_rates": (0.01, 0.03),
+        "num_episodes": 512,
+        "num_seeds": 4,
+        "max_steps": 200,
+    }
+    return LearningConfig(**(small | changes))
+
+
+def quick_batch_size(**changes: Any) -> BatchSizeConfig:
+    """Settings that finish within two minutes on two cores.
+
+    Args:
+        **changes: settings that differ from that.
+    """
+    small: dict[str, Any] = {
+        "batch_sizes": (8, 32, 128),
+        "learning_rates": (0.01, 0.03),
+        "num_episodes": 1024,
+        "num_seeds": 4,
+        "target_return": 100.0,
+        "max_steps": 200,
+        "noise_trajectories": 1024,
+    }
+    return BatchSizeConfig(**(small | changes))
+
+
+def _check_learning(config: Any) -> None:
+    """What studies that train have in common."""
+    for size in config.batch_sizes:
+        _check_power_of_two("batch_sizes", size)
+    for name in ("batch_sizes", "learning_rates"):
+        if not getattr(config, name):
+            raise ValueError(f"{name} is empty, needs at least one value")
+    check_positive("num_seeds", config.num_seeds)
+    if config.num_seeds % 2:
+        raise ValueError(
+            f"num_seeds is {config.num_seeds}, needs an even number: one half chooses "
+            "the step size, the other is shown"
+        )
+    if config.num_episodes < 4 * max(config.batch_sizes):
+        raise ValueError(
+            f"num_episodes is {config.num_episodes}, needs at least 4 updates of the "
+            f"largest batch = {4 * max(config.batch_sizes)}; give more, or take "
+            "smaller --batch-sizes"
+        )
+    expand_names(config.estimators)
 
 
 def _check_power_of_two(name: str, value: int) -> None:
