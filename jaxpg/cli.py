@@ -128,7 +128,7 @@ class TrainOptions:
 def _train(words: list[str]) -> int:
     algorithm = words.pop(0) if words and not words[0].startswith("-") else "reinforce"
     options = _parse_train(algorithm, words)
-    _start_jax(options.config, options.compilation_cache)
+    _start_jax(options.config.num_devices, options.compilation_cache)
     from jaxpg.train.loop import resume, train
 
     if options.resume is not None:
@@ -223,7 +223,7 @@ def _differences(old: Any, new: Any) -> list[str]:
     return found
 
 
-def _start_jax(config: TrainConfig, use_cache: bool) -> None:
+def _start_jax(num_devices: int | None, use_cache: bool) -> None:
     """Settings that JAX must know before its first computation."""
     import jax
 
@@ -235,9 +235,7 @@ def _start_jax(config: TrainConfig, use_cache: bool) -> None:
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Never fewer than cores: a resumed run must find as many as a new one.
         with contextlib.suppress(RuntimeError):  # JAX runs already, with its devices
-            jax.config.update(
-                "jax_num_cpu_devices", max(config.num_devices or 1, cores)
-            )
+            jax.config.update("jax_num_cpu_devices", max(num_devices or 1, cores))
     if use_cache:
         _use_compilation_cache()
 
@@ -372,7 +370,8 @@ def _study(words: list[str]) -> int:
         namespace={"__doc__": STUDY_HELP.format(summary=STUDIES[kind].summary)},
     )
     parsed = _parse(options, words, f"jaxpg study {kind}", options(config=default))
-    _start_jax(parsed.config, parsed.compilation_cache)
+    num_devices = getattr(parsed.config, "num_devices", None)
+    _start_jax(num_devices, parsed.compilation_cache)
     try:
         return run_study(kind, parsed.config, parsed.resume)
     except KeyboardInterrupt:

@@ -130,8 +130,8 @@ LAYERS = {
         "study.off_policy",
         "study.learning",
         "study.batch_size",
-        "study.commands",
         "study",
+        "study.commands",
     ],
     "doors": ["", "cli", "__main__"],
 }

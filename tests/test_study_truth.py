@@ -209,6 +209,20 @@ def test_known_covariance_gives_known_statistics():
     assert cell["variance_low"] < cell["variance"] < cell["variance_high"]
 
 
+def test_two_gradients_by_hand():
+    """Mean 1, variance ((0 - 1)^2 + (2 - 1)^2) / 1 = 2; |G|^2 = 1."""
+    gradients = np.array([[0.0, 3.0], [2.0, 3.0]])
+    truth = exact_reference(np.array([1.0, 0.0]))
+    cell = summarize(gradients, 8, truth, {"one": slice(0, 1), "other": slice(1, 2)})
+    assert cell["variance"] == 2.0 and cell["noise_scale"] == 16.0
+    assert cell["variance_by_block"] == {"one": 2.0, "other": 0.0}
+    assert cell["bias"] == 0.0 and cell["bias_error"] == 1.0
+    assert cell["bias_norm_sq"] == 9.0 - 1.0  # off by (0, 3), less V / K
+    assert cell["snr"] == (10.0 - 1.0) / 2.0
+    assert cell["error"] == 10.0  # (1 + 9 + 1 + 9) / 2
+    np.testing.assert_allclose(cell["cosine"], 0.5 * 2 / 13**0.5)
+
+
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     known = {"variance": (SPREAD**2).sum() / SIZE, "noise_scale": (SPREAD**2).sum()}
     known["noise_scale"] /= MEAN @ MEAN

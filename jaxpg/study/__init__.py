@@ -5,8 +5,42 @@
     study_learning      what lower variance buys: learning curves
     study_batch_size    time to a target return against batch size
 
-Each leaves a folder with a report, figures, CSV and JSON, and goes on where it was
-interrupted. On the command line: `jaxpg study variance --quick`.
+Each takes a frozen record of settings and leaves a folder with a report, figures, CSV
+and JSON; given the same folder again, it goes on where it was interrupted. On the
+command line: `jaxpg study variance --quick`.
 """
 
-__all__: list[str] = []
+from jaxpg.study.batch_size import study_batch_size
+from jaxpg.study.learning import study_learning
+from jaxpg.study.off_policy import study_off_policy
+from jaxpg.study.settings import (
+    BatchSizeConfig,
+    LearningConfig,
+    OffPolicyConfig,
+    VarianceConfig,
+    quick_batch_size,
+    quick_learning,
+    quick_off_policy,
+    quick_variance,
+)
+from jaxpg.study.subjects import Subject, fresh_subject, from_checkpoint
+from jaxpg.study.variance import StudyResult, study_variance
+
+__all__ = [
+    "BatchSizeConfig",
+    "LearningConfig",
+    "OffPolicyConfig",
+    "StudyResult",
+    "Subject",
+    "VarianceConfig",
+    "fresh_subject",
+    "from_checkpoint",
+    "quick_batch_size",
+    "quick_learning",
+    "quick_off_policy",
+    "quick_variance",
+    "study_batch_size",
+    "study_learning",
+    "study_off_policy",
+    "study_variance",
+]

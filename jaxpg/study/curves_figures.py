@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpg.study.figures import dress, logarithmic, panels, style_of
+from jaxpg.study.figures import dress, logarithmic, logarithmic_y, panels, style_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +71,7 @@ def race_figure(results: Results) -> "Figure":
         ("updates to the target", "episodes to the target", "seconds to the target"),
         strict=True,
     ):
-        axis.set_yscale("log")
+        logarithmic_y(axis)
         axis.set_ylabel(label)
         logarithmic(axis, sizes, "batch size N (episodes)")
     _close(figure, axes[0])

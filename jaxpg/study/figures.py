@@ -27,6 +27,7 @@ __all__ = [
     "cost_figure",
     "dress",
     "logarithmic",
+    "logarithmic_y",
     "panels",
     "save",
     "signal_figure",
@@ -71,8 +72,8 @@ def variance_figure(results: dict[str, Any]) -> "Figure":
                 )  # fmt: skip
     left.set_ylabel("total variance of the gradient\n(units of return²)")
     right.set_ylabel(f"variance relative to\n{results['rows'][0]['base']}")
-    left.set_yscale("log")
-    right.set_ylim(bottom=0.0)
+    logarithmic_y(left)
+    logarithmic_y(right)
     for axis in (left, right):
         _against_batch_size(axis, results)
     _legend(figure, left, _wide_lines(results))
@@ -106,7 +107,7 @@ def signal_figure(results: dict[str, Any]) -> "Figure":
         _line(left, sizes, rows, "snr", style)
         _line(right, sizes, rows, "cosine", style)
         _line(last, sizes, rows, "noise_scale", style)
-    left.set_yscale("log")
+    logarithmic_y(left)
     left.axhline(1.0, color="#555555", lw=0.8)
     left.set_ylabel("signal-to-noise ratio, |∇J|² / variance")
     right.set_ylabel("cosine to the reference gradient")
@@ -257,6 +258,22 @@ def dress(axis: "Axes") -> None:
     axis.tick_params(labelsize=8)
     axis.xaxis.label.set_fontsize(9)
     axis.yaxis.label.set_fontsize(9)
+
+
+def logarithmic_y(axis: "Axes") -> None:
+    """A vertical logarithmic axis, with plain numbers where it spans little.
+
+    Args:
+        axis: of the figure; what it shows is drawn already.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    if low > 0.0 and high / low < 1e3:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def logarithmic(axis: "Axes", sizes: Sequence[int], label: str) -> None:

@@ -4,7 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpg.study.figures import Style, dress, logarithmic, panels, style_of
+from jaxpg.study.figures import (
+    Style,
+    dress,
+    logarithmic,
+    logarithmic_y,
+    panels,
+    style_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +33,7 @@ def variance_of_ratios_figure(results: dict[str, Any]) -> "Figure":
     for axis, kl in zip(axes, _kls(results), strict=True):
         horizons, moments = _theory(results, kl)
         _pale(axis, horizons, moments, "#555555", "E[W²], exact")
-        axis.set_yscale("log")
+        logarithmic_y(axis)
     axes[0].set_ylabel("variance over that of the\nsame estimator on policy")
     return _closed(figure, axes, results)
 
@@ -58,7 +65,7 @@ def ess_figure(results: dict[str, Any]) -> "Figure":
     for axis, kl in zip(axes, _kls(results), strict=True):
         horizons, moments = _theory(results, kl)
         _pale(axis, horizons, 100 / moments, "#555555", "1 / E[W²], exact")
-        axis.set_yscale("log")
+        logarithmic_y(axis)
     axes[0].set_ylabel("effective sample size (% of decisions)")
     return _closed(figure, axes, results)
 

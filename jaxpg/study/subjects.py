@@ -245,7 +245,8 @@ def mean_kl_of(subject: Subject, key: PRNGKey) -> Callable[[Params], Array]:
             return ours.kl(subject.policy.unroll(subject.params, row))
 
         kls = jax.vmap(of_row)(rows)
-        return jnp.sum(jnp.where(rows.mask, kls, 0.0)) / jnp.sum(rows.mask)
+        count = jnp.sum(rows.mask).astype(kls.dtype)
+        return jnp.sum(jnp.where(rows.mask, kls, 0.0)) / count
 
     return of
 

@@ -157,7 +157,7 @@ def brief(lines: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def show(title: str, lines: Sequence[dict[str, str]]) -> None:
-    """Print a table; nothing in it is broken over lines."""
+    """Print a table; in a log nothing in it is broken over lines."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -165,12 +165,13 @@ def show(title: str, lines: Sequence[dict[str, str]]) -> None:
     if not lines:
         return
     grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    is_wide = not sys.stdout.isatty()
     for index, name in enumerate(lines[0]):
         side: Any = "left" if index == 0 else "right"
-        grid.add_column(name, justify=side, no_wrap=True)
+        grid.add_column(name, justify=side, no_wrap=is_wide or index == 0)
     for line in lines:
         grid.add_row(*line.values())
-    Console(width=None if sys.stdout.isatty() else 140).print(grid)
+    Console(width=180 if is_wide else None).print(grid)
 
 
 def _of(rows: Sequence[Row], name: str) -> Row | None:
