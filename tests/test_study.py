@@ -6,10 +6,11 @@ import re
 import jax
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from jaxpg import exact
 from jaxpg.cli import main
-from jaxpg.estimators import BASELINES
+from jaxpg.estimators import BASELINES, estimate_gradient
 from jaxpg.study import batch_size, curves, off_policy, subjects, variance
 from jaxpg.study.bench import make_bench, reference_of
 from jaxpg.study.commands import STUDIES, defaults_of
@@ -28,6 +29,7 @@ from jaxpg.study.settings import (
     OffPolicyConfig,
     VarianceConfig,
 )
+from jaxpg.study.statistics import exact_reference
 from jaxpg.study.store import Store, open_store, read_settings
 from jaxpg.study.subjects import drifted, fresh_subject, mean_kl_of
 from jaxpg.train.sharding import place
@@ -268,6 +270,29 @@ def test_another_study_is_not_overwritten(interrupted, tmp_path):
 # --- ratios
 
 
+def test_each_forms_limit_is_its_exact_mean(float64):
+    """Against the enumeration of all trajectories of two decisions."""
+    subject = drifted(fresh_subject("chain-2", seed=1), 0.2, jax.random.key(0))
+    forms = [x for x in RATIO_FORMS if "max-rho" not in x and "self" not in x]
+    bench = make_bench(tiny(None, estimators=tuple(forms)), subject)
+    truth = exact.policy_gradient(subject.mdp, subject.policy, subject.params)
+    reference = exact_reference(ravel_pytree(truth)[0])
+
+    def estimates(rows):
+        return [
+            ravel_pytree(estimate_gradient(c.estimator, subject.params, (), rows))[0]
+            for c in bench.contenders
+        ]
+
+    means = exact.expected_estimate(
+        estimates, subject.mdp, subject.policy, subject.behaviour, 1
+    )
+    assert len(means) == len(forms) == 7
+    for contender, mean in zip(bench.contenders, means, strict=True):
+        limit = off_policy._limit(bench, contender, reference)
+        np.testing.assert_allclose(limit, mean, rtol=1e-9, atol=1e-12)
+
+
 def test_ratios_have_the_bias_and_growth_that_theory_says(tmp_path):
     config = OffPolicyConfig(
         kls=(0.02,),
@@ -326,13 +351,14 @@ def test_a_race_ends_at_the_running_mean():
     config = BatchSizeConfig(
         target_return=10.0, window=64, num_seeds=4, learning_rates=(0.1, 1.0)
     )
-    quick = [0.0, 10.0, 10.0, 10.0, 10.0]  # both of two updates at 10: the third
-    slow = [0.0, 0.0, 0.0, 0.0, 0.0]
-    found = cell({"0.1": [quick, quick, quick, slow], "1": [slow, slow, quick, quick]})
+    good = [10.0, 0.0, 10.0, 10.0, 10.0]  # two updates at 10: the fourth
+    best, never = [10.0] * 5, [0.0] * 5
+    found = cell({"0.1": [good, good, good, never], "1": [never, best, best, best]})
     row = batch_size._raced(config, found)
-    assert row["learning_rate"] == 0.1 and (row["reached"], row["seeds"]) == (1, 2)
-    assert row["updates"] is None and row["updates_low"] == 3.0
-    assert row["episodes_low"] == 96.0 and row["seconds_low"] == 6.0
+    assert row["learning_rate"] == 0.1, "the half that is shown does not choose"
+    assert (row["reached"], row["seeds"]) == (1, 2)
+    assert row["updates"] is None and row["updates_low"] == 4.0
+    assert row["episodes_low"] == 128.0 and row["seconds_low"] == 8.0
 
 
 def test_the_noise_scales_curve_is_found_again():
