@@ -2,8 +2,8 @@
 
     python benchmarks/variance.py [--folder studies] [--stage untrained|nearly-trained]
 
-`untrained`: 2^16 trajectories of a policy before its first update, batches of 2^4 to
-2^16. `nearly-trained`: 2^14 of the policy after ten updates of REINFORCE, whose
+`untrained`: 2^18 trajectories of a policy before its first update, batches of 2^4 to
+2^18. `nearly-trained`: 2^14 of the policy after ten updates of REINFORCE, whose
 episodes are 18 times as long, batches of 2^4 to 2^11. Each is what `jaxpg study
 variance` gives for these settings; a study that is interrupted goes on where it was.
 Results and the main figure are stored beside the other benchmarks'.
@@ -25,7 +25,7 @@ from jaxpg.train.loop import train
 from jaxpg.train.provenance import read_json, write_json_atomically
 
 UPDATES = 10
-SIZES = {"untrained": 16, "nearly-trained": 14}
+SIZES = {"untrained": 18, "nearly-trained": 14}
 REFERENCE = {"untrained": 17, "nearly-trained": 13}
 
 

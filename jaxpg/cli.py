@@ -372,11 +372,7 @@ def _study(words: list[str]) -> int:
     parsed = _parse(options, words, f"jaxpg study {kind}", options(config=default))
     num_devices = getattr(parsed.config, "num_devices", None)
     _start_jax(num_devices, parsed.compilation_cache)
-    try:
-        return run_study(kind, parsed.config, parsed.resume)
-    except KeyboardInterrupt:
-        cure = "the same command with --resume and the study's folder, in studies/"
-        raise KeyboardInterrupt(f"interrupted; go on with {cure}") from None
+    return run_study(kind, parsed.config, parsed.resume)
 
 
 def _list(words: list[str]) -> int:

@@ -27,7 +27,7 @@ from jaxpg.study.settings import (
     quick_off_policy,
     quick_variance,
 )
-from jaxpg.study.store import read_settings
+from jaxpg.study.store import default_folder, read_settings
 from jaxpg.study.subjects import usual_policy
 from jaxpg.study.tables import brief, show, variance_table
 from jaxpg.study.variance import StudyResult, study_variance
@@ -147,12 +147,21 @@ def run_study(name: str, settings: Any, resume: Path | None = None) -> int:
 
     Returns:
         The exit code.
+
+    Raises:
+        KeyboardInterrupt: with the command that goes on with the study.
     """
     command = STUDIES[name]
     if resume is not None:
         settings = read_settings(resume, name, command.settings)
         settings = dataclasses.replace(settings, folder=resume)
-    result = command.run(settings)
+    folder = settings.folder or default_folder(name, settings.env)
+    print(f"study folder: {folder}", flush=True)
+    try:
+        result = command.run(dataclasses.replace(settings, folder=folder))
+    except KeyboardInterrupt:
+        cure = f"jaxpg study {name} --resume {folder}"
+        raise KeyboardInterrupt(f"interrupted; go on with: {cure}") from None
     command.show(result)
     for note in result.notes:
         print(f"note: {note}")

@@ -179,11 +179,7 @@ def variance_findings(results: Results) -> list[str]:
     Args:
         results: what `results.json` holds.
     """
-    table = {
-        found["estimator"]: found
-        for found in results["summary"]
-        if found["law"] is not None
-    }
+    table = {found["estimator"]: found for found in results["summary"]}
     rows = {
         name: row
         for name in table
@@ -204,11 +200,11 @@ def variance_findings(results: Results) -> list[str]:
         f"{number(rows[worst]['noise_scale'])}, {ratio:.1f} times as much."
     )
     cheap = min(unbiased or rows, key=lambda n: _cost(rows[n]))
+    micro = 1e6 * rows[cheap]["seconds"] / rows[cheap]["batch_size"]
+    beside = _cost(rows[best]) / _cost(rows[cheap])
     found.append(
-        f"Least variance × seconds: {cheap} "
-        f"({number(1e6 * rows[cheap]['seconds'] / rows[cheap]['batch_size'])} µs a "
-        f"trajectory); {best} costs {_cost(rows[best]) / _cost(rows[cheap]):.2f} times "
-        "as much for the same accuracy."
+        f"Least variance × seconds: {cheap} ({number(micro)} µs a trajectory)"
+        + ("." if best == cheap else f"; {best} costs {beside:.2f} times as much.")
     )
     slopes = [f["slope"] for f in table.values() if f["independent_terms"]]
     if slopes and None not in slopes:
