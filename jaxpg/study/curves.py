@@ -161,7 +161,7 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
     """
     ordered = np.sort(values, axis=0)
     cut = len(values) // 4
-    return ordered[cut : len(values) - cut].mean(axis=0)
+    return np.asarray(ordered[cut : len(values) - cut].mean(axis=0))
 
 
 def _rate(columns: dict[str, np.ndarray]) -> float:

@@ -78,7 +78,7 @@ def _told(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A cell's line of the table, and its curve."""
     rate, shown = choose(
-        config, cell, lambda returns, _: interquartile_mean(returns.mean(axis=1))
+        config, cell, lambda returns, _: float(interquartile_mean(returns.mean(axis=1)))
     )
     returns = shown["mean_return"]
     seconds = shown["env_steps"].mean(axis=0) / cell["rate"]
