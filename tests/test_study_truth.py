@@ -248,6 +248,22 @@ def test_a_sampled_references_own_error_is_taken_off():
     assert shifted["bias"] > 8.0 * shifted["bias_error"]
 
 
+@pytest.mark.parametrize("mean", [0.0 * MEAN, 0.01 * MEAN])
+def test_a_gradient_that_is_not_seen_gives_no_ratios(mean):
+    reference = sampled_reference(synthetic(1, 8, mean), 8 * SIZE)
+    assert not reference.is_seen
+    for batches in (4, 40):
+        gradients = synthetic(2, batches, mean)
+        cell = summarize(gradients, SIZE, reference, BLOCKS)
+        for name in ("bias", "bias_error", "bias_norm_sq", "noise_scale", "cosine"):
+            assert cell[name] is None, name
+        assert cell["variance"] > 0.0 and cell["snr"] is not None
+        paired = compare_bias(gradients, [0.5 * gradients], reference)
+        assert paired["paired_bias"] is None
+    still = summarize(np.zeros((9, DIMENSIONS)), SIZE, exact_reference(mean), BLOCKS)
+    assert still["variance"] == 0.0
+
+
 def test_pairs_see_what_luck_hides():
     base = synthetic(3, 64)
     shrunk = base * (1.0 - 1.0 / 16)

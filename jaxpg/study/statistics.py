@@ -65,6 +65,19 @@ class Reference(NamedTuple):
         """|G|^2, without what the reference's own error adds."""
         return float(self.gradient @ self.gradient) - self.error_sq
 
+    @property
+    def is_seen(self) -> bool:
+        """Whether there is a gradient, and the reference shows it over its own error.
+
+        Else nothing can be told relative to it.
+        """
+        return self.norm_sq > 2.0 * self.error_sq and self.norm_sq > 0.0
+
+    @property
+    def scale(self) -> float:
+        """|G|^2, or NaN where it is not seen: what is divided by it is then unknown."""
+        return self.norm_sq if self.is_seen else float("nan")
+
 
 def exact_reference(gradient: Any) -> Reference:
     """A gradient that is known.
@@ -172,7 +185,7 @@ def compare_bias(
     """
     found: dict[str, float | None] = {"paired_bias": None, "paired_bias_error": None}
     for other in unbiased:
-        along = (gradients - other) @ reference.gradient / reference.norm_sq
+        along = (gradients - other) @ reference.gradient / reference.scale
         along = along[np.isfinite(along)]
         if len(along) < 2:
             continue
@@ -211,9 +224,7 @@ class _Parts:
         )
         self.along = x @ reference.gradient
         norms = np.sqrt((x**2).sum(axis=1))
-        self.cosines = self.along / np.maximum(
-            norms * np.sqrt(max(reference.norm_sq, 0.0)), 1e-300
-        )
+        self.cosines = self.along / np.maximum(norms * np.sqrt(reference.scale), 1e-300)
         self.distances = ((x - reference.gradient) ** 2).sum(axis=1)
 
     def variances(self, counts: np.ndarray) -> np.ndarray:
@@ -228,7 +239,7 @@ class _Parts:
     def quantities(self, counts: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
         """The module's quantities for each row of counts, [S]."""
         shares, reference = counts / self.count, self.reference
-        size = reference.norm_sq
+        size = reference.scale
         variance = self.variances(counts).sum(axis=1)
         of_mean = np.nan_to_num(variance / self.count)
         means = shares @ self.x
@@ -250,7 +261,7 @@ def _standard_errors(parts: _Parts, reference: Reference) -> dict[str, Any]:
     """Of the bias along the gradient: the batches' and the reference's own."""
     if parts.count < 2:
         return {"bias_error": None}
-    own = np.std(parts.along, ddof=1) / np.sqrt(parts.count) / reference.norm_sq
+    own = np.std(parts.along, ddof=1) / np.sqrt(parts.count) / reference.scale
     return {"bias_error": _plain(np.hypot(own, reference.along_error))}
 
 
@@ -267,14 +278,15 @@ def _intervals(parts: _Parts, batch_size: int, seed: int) -> dict[str, Any]:
         if name == "bias_norm_sq":
             # Resampled means stray from the mean by V/K once more.
             values = values - parts.variances(np.ones((1, parts.count))).sum() / (
-                parts.count * parts.reference.norm_sq
+                parts.count * parts.reference.scale
             )
         low, high = np.quantile(values, QUANTILES)
         found[f"{name}_low"], found[f"{name}_high"] = _plain(low), _plain(high)
         found[f"{name}_error"] = _plain(np.std(values))
-    found["bias_norm_sq_error"] = _plain(
-        np.hypot(found["bias_norm_sq_error"], _reference_part(parts.reference))
-    )
+    if found["bias_norm_sq_error"] is not None:
+        found["bias_norm_sq_error"] = float(
+            np.hypot(found["bias_norm_sq_error"], _reference_part(parts.reference))
+        )
     del found["bias_error"]  # the standard error knows the reference's part as well
     return found
 
@@ -301,7 +313,7 @@ def _ratio(one: float, other: float) -> float | None:
 
 def _reference_part(reference: Reference) -> float:
     """How far the reference's own error can move a bias norm."""
-    return reference.error_sq / max(reference.norm_sq, 1e-300)
+    return reference.error_sq / reference.scale
 
 
 def _plain(x: Any) -> float | None:

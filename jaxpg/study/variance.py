@@ -104,6 +104,7 @@ def study_variance(
     costs: list[tuple[float, int]] = []
     with StudyProgress(show, total, "variance") as progress:
         reference = reference_of(bench, config, store, progress)
+        notes += _of_reference(reference)
         timings = seconds_of(bench, store, progress)
         for size in sizes:
             cell = store.get(f"size-{size:07d}")
@@ -125,7 +126,9 @@ def study_variance(
             "trajectories": reference.trajectories,
             "norm": float(np.sqrt(max(reference.norm_sq, 0.0))),
             "relative_error": float(
-                np.sqrt(reference.error_sq / max(reference.norm_sq, 1e-300))
+                np.sqrt(reference.error_sq / reference.norm_sq)
+                if reference.is_seen
+                else 1.0
             ),
         },
         "trajectories": bench.statistics(store),
@@ -201,6 +204,20 @@ def _cell(
     }
 
 
+def _of_reference(reference: Reference) -> list[str]:
+    """What must be known of the reference before anything relative to it is read."""
+    cure = "; give more --reference-trajectories"
+    if not reference.is_seen:
+        return [
+            "the reference batch does not show any gradient over its own error, so "
+            f"nothing is told relative to it{cure}"
+        ]
+    error = np.sqrt(reference.error_sq / reference.norm_sq)
+    if error < 0.1:
+        return []
+    return [f"the reference's own error is {100 * error:.0f}% of the gradient{cure}"]
+
+
 def peak_bytes() -> int:
     """The most memory that this process has held, imports and compiling included."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -271,7 +288,7 @@ def _summary(
         "exact_law": None if oracle is None else oracle._asdict(),
         "critical_batch_size": None
         if best is None
-        else best.critical_batch_size(reference.norm_sq),
+        else best.critical_batch_size(reference.scale),
         "seconds_per_trajectory": timings["gradient"][contender.name],
         "sampling_seconds_per_trajectory": timings[
             "sampling_off_policy" if contender.is_off_policy else "sampling"
