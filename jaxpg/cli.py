@@ -1,4 +1,4 @@
-"""The command line: train, eval, list.
+"""The command line: train, eval, study, list.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (143 if terminated).
 """
@@ -43,6 +43,8 @@ commands:
   train --resume RUN       continue an interrupted or finished run
   train --distributed      as one of several processes, usually on several hosts
   eval RUN                 evaluate a trained policy on whole episodes
+  study KIND               measure estimators: variance, off-policy, learning,
+                           batch-size
   list envs|algorithms     what there is to choose from
 
 options:
@@ -51,6 +53,13 @@ options:
 
 Any command takes --debug, which shows the traceback of an error.
 """
+
+
+STUDY_HELP = """Study {summary}.
+
+--quick begins from settings that finish within two minutes on two cores; other options
+still hold. --resume FOLDER goes on with a study that was interrupted, with its own
+settings. Leaves report.html, figures, results.csv and results.json."""
 
 
 class UsageError(Exception):
@@ -88,7 +97,7 @@ def _dispatch(words: list[str]) -> int:
     if words[0] in ("--version", "-V"):
         print(f"jaxpg {__version__}")
         return 0
-    commands = {"train": _train, "eval": _eval, "list": _list}
+    commands = {"train": _train, "eval": _eval, "study": _study, "list": _list}
     try:
         check_choice("command", words[0], commands)
     except ValueError as error:
@@ -194,14 +203,14 @@ def _parse_train(algorithm: str, words: list[str]) -> TrainOptions:
     return options
 
 
-def _env_of(words: list[str]) -> str:
+def _env_of(words: list[str], default: Any = TrainConfig.env) -> Any:
     """The environment that is asked for, before anything else is known."""
     for word, following in itertools.pairwise([*words, ""]):
         if word == "--env":
             return following
         if word.startswith("--env="):
             return word.partition("=")[2]
-    return TrainConfig.env
+    return default
 
 
 def _take_sweeps(words: list[str]) -> tuple[list[str], Sweep]:
@@ -247,15 +256,18 @@ def _differences(old: Any, new: Any) -> list[str]:
 
 def _start_jax(options: TrainOptions) -> None:
     """What JAX must know before its first computation: settings, other processes."""
+    wanted = options.config.num_devices or 1
     if not options.distributed:
-        _set_up_jax(options, 1)
+        _set_up_jax(wanted, options.compilation_cache)
         return
     mine = options.coordinator, options.num_processes, options.process_id
-    _set_up_jax(options, distributed.find_group(*mine).num_processes)
+    num_processes = distributed.find_group(*mine).num_processes
+    _set_up_jax(math.ceil(wanted / num_processes), options.compilation_cache)
     distributed.connect(*mine, timeout=options.connect_timeout)
 
 
-def _set_up_jax(options: TrainOptions, num_processes: int) -> None:
+def _set_up_jax(num_devices: int, use_cache: bool) -> None:
+    """Settings that JAX must know before its first computation."""
     import jax
 
     # Resuming to the bit needs sums in a fixed order; on CPU they are so anyway.
@@ -265,10 +277,9 @@ def _set_up_jax(options: TrainOptions, num_processes: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Never fewer than cores: a resumed run must find as many as a new one.
-        own = math.ceil((options.config.num_devices or 1) / num_processes)
         with contextlib.suppress(RuntimeError):  # JAX runs already, with its devices
-            jax.config.update("jax_num_cpu_devices", max(own, cores))
-    if options.compilation_cache:
+            jax.config.update("jax_num_cpu_devices", max(num_devices, cores))
+    if use_cache:
         _use_compilation_cache()
 
 
@@ -377,6 +388,39 @@ def _make_player(run: Any, options: EvalOptions) -> Callable[[Any, int], Any]:
     # Away from the keys that training with the same seed derives.
     key = jax.random.fold_in(jax.random.key(options.seed), EVALUATION)
     return lambda params, index: play(params, jax.random.fold_in(key, index))
+
+
+def _study(words: list[str]) -> int:
+    from jaxpg.study.commands import STUDIES, defaults_of, run_study
+
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: jaxpg study KIND [--quick] [OPTIONS]\n\nkinds:")
+        for name, command in STUDIES.items():
+            print(f"  {name:<12} {command.summary}")
+        print("\n'jaxpg study KIND --help' tells more")
+        return 0 if words else 2
+    kind, *words = words
+    try:
+        check_choice("kind of study", kind, STUDIES)
+        default = defaults_of(kind, _env_of(words, None), "--quick" in words)
+    except ValueError as error:
+        raise UsageError(error) from error
+    options = dataclasses.make_dataclass(
+        "StudyOptions",
+        [
+            ("config", STUDIES[kind].settings),
+            ("quick", bool, False),
+            ("resume", Path | None, None),
+            ("compilation_cache", bool, True),
+        ],
+        frozen=True,
+        kw_only=True,
+        namespace={"__doc__": STUDY_HELP.format(summary=STUDIES[kind].summary)},
+    )
+    parsed = _parse(options, words, f"jaxpg study {kind}", options(config=default))
+    num_devices = getattr(parsed.config, "num_devices", None)
+    _set_up_jax(num_devices or 1, parsed.compilation_cache)
+    return run_study(kind, parsed.config, parsed.resume)
 
 
 def _list(words: list[str]) -> int:
