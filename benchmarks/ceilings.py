@@ -1,6 +1,6 @@
 """Environment steps per second of REINFORCE's whole loop, beside its ceilings.
 
-    python benchmarks/throughput.py [--num-envs 2048] [--rounds 5] [--num-devices 2]
+    python benchmarks/ceilings.py [--num-envs 2048] [--rounds 5] [--num-devices 2]
 
 Timed is one update: rollout, returns, gradient, Adam. Only real decisions count
 (mask = 1). The policy is held where it is by a vanishing learning rate, and there is no
@@ -12,9 +12,12 @@ Ceilings, in the same process: the environment with random actions and nothing e
 policy's forward pass alone, forward and backward alone, and the arithmetic one, which
 is the machine's float32 matrix product rate over the operations that a decision needs
 (one forward in the rollout, one forward and backward in the gradient).
+
+`throughput.py` has every algorithm and size, without these details.
 """
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,12 +26,14 @@ import numpy as np
 import timing
 
 from jaxpg import envs
+from jaxpg.algos.base import make_task
 from jaxpg.algos.reinforce import ReinforceConfig, reinforce
+from jaxpg.envs.base import Environment
 from jaxpg.gradients import Chunks, score_gradient
 from jaxpg.policies import log_prob_fn, mlp_policy
 from jaxpg.returns import rewards_to_go, step_discounts
 from jaxpg.rollout import rollout_episodes, rollout_segments, start_segments
-from jaxpg.train.sharding import place
+from jaxpg.train.sharding import Placement, place
 
 HIDDEN = (64, 64)
 HELD = 1e-12  # a learning rate at which the policy stays as it is
@@ -41,7 +46,7 @@ def main() -> None:
     seconds = timing.time_in_turns(bench.variants, options.rounds)
     flops = timing.matmul_flops_per_second()
     results = bench.report(seconds, flops)
-    path = timing.save(f"throughput-{jax.default_backend()}", results)
+    path = timing.save(f"ceilings-{jax.default_backend()}", results)
     print_table(results)
     print(f"stored in {path.name}")
 
@@ -100,13 +105,13 @@ class Bench:
         return {**found, "trained": state.params}
 
     def algorithm(self, config: ReinforceConfig) -> Any:
-        assert self.env.max_steps is not None
-        return reinforce(
-            config,
+        task = make_task(
+            self.env,
             self.policy,
-            self.env.max_steps,
             sum_over_rows=self.placement.sum_over_rows,
+            map_rows=self.placement.map_rows,
         )
+        return reinforce(config, task)
 
     def update(
         self, algorithm: Any, key: Any, state: Any, num_episodes: int, num_slots: int
@@ -196,12 +201,11 @@ class Bench:
             np.random.default_rng(0).normal(size=(amount, *self.obs_shape())),
             jnp.float32,
         )
-        ids = jnp.arange(num_slots)
         spread = self.placement.map_rows
         forward = jax.jit(lambda p, x: spread(self.forward, p, x))
         gradient = jax.jit(lambda p, x: self.gradient(p, x))
-        world = jax.jit(lambda k, ids: spread(self.random_actions, k, ids))
-        self.variants["environment alone"] = lambda: world(jax.random.key(5), ids)
+        alone = environment_alone(self.env, num_slots, num_steps, self.placement)
+        self.variants["environment alone"] = alone
         self.variants["forward alone"] = lambda: forward(params, obs)
         self.variants["forward and backward alone"] = lambda: gradient(params, obs)
         for name in list(self.variants)[-3:]:
@@ -239,30 +243,6 @@ class Bench:
             sum_over_rows=self.placement.sum_over_rows,
         )
 
-    def random_actions(self, key: Any, ids: Any) -> Any:
-        """The environment with actions drawn beforehand; resets where one ended."""
-        num_slots, num_steps = ids.shape[0], self.options.num_steps
-        key_reset, key_action = jax.random.split(key)
-        state, _ = jax.vmap(self.env.reset)(jax.random.split(key_reset, num_slots))
-        draw = jax.vmap(self.env.action_space.sample)
-        actions = draw(jax.random.split(key_action, num_steps * num_slots))
-        actions = actions.reshape((num_steps, num_slots, *actions.shape[1:]))
-
-        def step(state: Any, action: Any) -> Any:
-            keys = jax.random.split(key_reset, num_slots)
-            after, output = jax.vmap(self.env.step)(keys, state, action)
-            ends = output.terminated | output.truncated
-
-            def reset() -> Any:
-                fresh, _ = jax.vmap(self.env.reset)(keys)
-                return jax.tree.map(lambda x, y: jnp.where(ends, x, y), fresh, after)
-
-            after = jax.lax.cond(jnp.any(ends), reset, lambda: after)
-            return after, (output.obs, output.reward)
-
-        obs, rewards = jax.lax.scan(step, state, actions)[1]
-        return jnp.swapaxes(rewards, 0, 1) + jnp.sum(obs)
-
     def report(self, seconds: dict[str, list[float]], flops: float) -> dict[str, Any]:
         sizes = [int(np.prod(self.obs_shape())), *HIDDEN, 2]
         forward, both = timing.mlp_flops(sizes)
@@ -281,6 +261,42 @@ class Bench:
             "arithmetic_ceiling_steps_per_second": arithmetic,
             "table": table,
         }
+
+
+def environment_alone(
+    env: Environment, num_envs: int, num_steps: int, placement: Placement
+) -> Callable[[], Any]:
+    """The environment with actions drawn beforehand; resets where one ended."""
+
+    def steps(key: Any, ids: Any) -> Any:
+        key_reset, key_action = jax.random.split(key)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key_reset, ids)
+        state, _ = jax.vmap(env.reset)(keys)
+        draws = jax.random.split(key_action, num_steps * ids.shape[0])
+        actions = jax.vmap(env.action_space.sample)(draws)
+        actions = actions.reshape((num_steps, ids.shape[0], *actions.shape[1:]))
+
+        def step(state: Any, action: Any) -> Any:
+            after, output = jax.vmap(env.step)(keys, state, action)
+            ends = output.terminated | output.truncated
+
+            def reset() -> Any:
+                fresh, _ = jax.vmap(env.reset)(keys)
+                return jax.tree.map(lambda x, y: _select(ends, x, y), fresh, after)
+
+            after = jax.lax.cond(jnp.any(ends), reset, lambda: after)
+            return after, (jnp.sum(output.obs), output.reward)
+
+        sums, rewards = jax.lax.scan(step, state, actions)[1]
+        return jnp.swapaxes(rewards, 0, 1) + jnp.sum(sums)
+
+    compiled = jax.jit(lambda k, ids: placement.map_rows(steps, k, ids))
+    return lambda: compiled(jax.random.key(5), jnp.arange(num_envs))
+
+
+def _select(where: Any, new: Any, old: Any) -> Any:
+    flags = where.reshape(where.shape + (1,) * (new.ndim - 1))
+    return jnp.where(flags, new, old)
 
 
 def print_table(results: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Where the gradient's time goes: each kernel of a 2 x 64 tanh network on its own.
 
-    taskset -c 0 python benchmarks/kernels.py [--chunk 1024] [--rounds 7]
+    taskset -c 0 python benchmarks/kernels.py [--chunk 256] [--rounds 7]
 
 Every kernel works through cache-sized chunks, as the gradient does, on one core. The
 table gives nanoseconds per decision; the sum of the kernels that a forward and backward
@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-NUM_CHUNKS = 256
+NUM_CHUNKS = 1024
 WIDTH, INPUTS, OUTPUTS = 64, 4, 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--chunk", type=int, default=1024)
+    parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     kernels = build(options.chunk)
@@ -55,24 +55,24 @@ def build(chunk: int) -> dict[str, tuple[Callable[[], Any], int, int]]:
     def normal(*shape: int) -> Any:
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    hidden, cotangent = (normal(NUM_CHUNKS, chunk, WIDTH) for _ in range(2))
-    inputs, outputs = hidden[..., :INPUTS], cotangent[..., :OUTPUTS]
+    hidden, cotangent = (normal(NUM_CHUNKS, WIDTH, chunk) for _ in range(2))
+    inputs, outputs = hidden[:, :INPUTS], cotangent[:, :OUTPUTS]
     square = normal(WIDTH, WIDTH)
     narrow = square[:, :OUTPUTS]
     product = 2 * WIDTH * WIDTH
     return {
         "forward, first layer": (
-            over_chunks(lambda x: x @ square[:INPUTS], inputs),
+            over_chunks(lambda x: square[:INPUTS].T @ x, inputs),
             1,
             product // 16,
         ),
         "forward, middle layer": (
-            over_chunks(lambda x: x @ square, hidden),
+            over_chunks(lambda x: square.T @ x, hidden),
             1,
             product,
         ),
         "forward, last layer": (
-            over_chunks(lambda x: x @ narrow, hidden),
+            over_chunks(lambda x: narrow.T @ x, hidden),
             1,
             product // 32,
         ),
@@ -82,29 +82,29 @@ def build(chunk: int) -> dict[str, tuple[Callable[[], Any], int, int]]:
             2,
             0,
         ),
-        "gradient of a bias": (over_chunks(lambda d: d.sum(0), cotangent), 2, 0),
+        "gradient of a bias": (over_chunks(lambda d: d.sum(1), cotangent), 2, 0),
         "gradient of first weights": (
-            over_chunks(lambda x, d: x.T @ d, inputs, cotangent),
+            over_chunks(lambda x, d: x @ d.T, inputs, cotangent),
             1,
             product // 16,
         ),
         "gradient of middle weights": (
-            over_chunks(lambda x, d: x.T @ d, hidden, cotangent),
+            over_chunks(lambda x, d: x @ d.T, hidden, cotangent),
             1,
             product,
         ),
         "gradient of last weights": (
-            over_chunks(lambda x, d: x.T @ d, hidden, outputs),
+            over_chunks(lambda x, d: x @ d.T, hidden, outputs),
             1,
             product // 32,
         ),
         "gradient into middle layer": (
-            over_chunks(lambda d: d @ square.T, cotangent),
+            over_chunks(lambda d: square @ d, cotangent),
             1,
             product,
         ),
         "gradient into last layer": (
-            over_chunks(lambda d: d @ narrow.T, outputs),
+            over_chunks(lambda d: narrow @ d, outputs),
             1,
             product // 32,
         ),

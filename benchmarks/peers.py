@@ -38,12 +38,14 @@ class Library(NamedTuple):
         requirements: what its environment needs; none for this one's own.
         checkout: the environment variable that names its checkout, if it needs one.
         methods: what of the work it can do.
+        most_envs: beyond these a round would take a quarter of a minute.
     """
 
     worker: str
     requirements: tuple[str, ...] = ()
     checkout: str | None = None
     methods: tuple[str, ...] = ("ppo", "one-step")
+    most_envs: int = 2**20
 
 
 JAX = f"jax=={jax.__version__}"
@@ -63,7 +65,7 @@ LIBRARIES = {
     ),
     "rejax": Library("rejax_ppo.py", (JAX, "rejax", "six"), methods=("ppo",)),
     "Stable-Baselines3": Library(
-        "sb3_ppo.py", ("stable-baselines3", "torch", "gymnasium")
+        "sb3_ppo.py", ("stable-baselines3", "torch", "gymnasium"), most_envs=512
     ),
 }
 
@@ -180,7 +182,7 @@ def speed(
     workers = {
         name: Worker(python, name, work_of(options, name, method, num_envs))
         for name, python in pythons.items()
-        if method in LIBRARIES[name].methods
+        if can(name, method, num_envs)
     }
     rates: dict[str, list[float]] = {name: [] for name in workers}
     peaks: dict[str, float] = {}
@@ -200,6 +202,11 @@ def speed(
         worker.close()
         print(line_of(method, num_envs, name, rows[name]), flush=True)
     return rows
+
+
+def can(name: str, method: str, num_envs: int) -> bool:
+    library = LIBRARIES[name]
+    return method in library.methods and num_envs <= library.most_envs
 
 
 def work_of(
@@ -260,7 +267,7 @@ def learning(
     """Mean returns after each update, seed by seed, one library after the other."""
     rows = {}
     for name, python in pythons.items():
-        if method not in LIBRARIES[name].methods:
+        if not can(name, method, num_envs):
             continue
         work = work_of(options, name, method, num_envs)
         worker = Worker(python, name, work)

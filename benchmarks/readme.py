@@ -47,8 +47,74 @@ def cold_start() -> str:
     )
 
 
+def peers() -> str:
+    """PPO and one step per batch, beside other libraries on the same work."""
+    stored = timing.load("peers-cpu")
+    lines = [
+        "| work | library | 1000 steps/s | jaxpg is ahead by | compiled in | peak |",
+        "|---|---|---|---|---|---|",
+    ]
+    for place, rows in stored["table"].items():
+        method, num_envs = place.split()
+        for name, row in rows.items():
+            rate, ratio = row["steps_per_second"], row["ratio"]
+            times = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+            lines.append(
+                f"| {method}, {num_envs} environments | {name} | "
+                f"{rate['median'] / 1e3:.0f} | {'' if name == 'jaxpg' else times} | "
+                f"{row['compile_seconds']:.1f} s | {row['peak_mib']:.0f} MiB |"
+            )
+    return "\n".join(lines) + (
+        f"\n\n({stored['settings']['env']}, {stored['settings']['rounds']} rounds in "
+        f"turns, ratios taken round by round; {machine(stored)})\n"
+    )
+
+
+def peers_learning() -> str:
+    stored = timing.load("peers-learning-cpu")
+    lines = [
+        "| environments | library | mean return over the run | at its end |",
+        "|---|---|---|---|",
+    ]
+    for place, rows in stored["table"].items():
+        for name, row in rows.items():
+            cells = [
+                f"{row[part]['median']:.0f} ({row[part]['low']:.0f} to "
+                f"{row[part]['high']:.0f})"
+                for part in ("mean_return", "last_return")
+            ]
+            lines.append(f"| {place.split()[1]} | {name} | {' | '.join(cells)} |")
+    settings = stored["settings"]
+    return "\n".join(lines) + (
+        f"\n\n({settings['env']}, {settings['env_steps'] // 1000}k steps, medians and "
+        f"ranges of {settings['seeds']} seeds; {machine(stored)})\n"
+    )
+
+
 def throughput() -> str:
     stored = timing.load("throughput-cpu")
+    lines = [
+        "| world | environments | algorithm | thousand steps/s | of the environment "
+        "alone | compiled in | working memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for place, rows in stored["table"].items():
+        env, num_envs = place.split()
+        for name, row in rows.items():
+            if name == "environment alone":
+                continue
+            lines.append(
+                f"| {env} | {num_envs} | {name} | {row['median'] / 1e3:.0f} "
+                f"({row['low'] / 1e3:.0f} to {row['high'] / 1e3:.0f}) | "
+                f"{100 * row['of_environment_alone']:.0f}% | "
+                f"{row['compile_seconds']:.1f} s | "
+                f"{row['working_bytes'] / 2**20:.0f} MiB |"
+            )
+    return "\n".join(lines) + f"\n\n({machine(stored)})\n"
+
+
+def ceilings() -> str:
+    stored = timing.load("ceilings-cpu")
     settings = stored["settings"]
     ceiling = stored["arithmetic_ceiling_steps_per_second"]
     lines = [
@@ -294,7 +360,10 @@ def machine(stored: dict[str, Any]) -> str:
 
 BLOCKS = {
     "cold-start": cold_start,
+    "peers": peers,
+    "peers-learning": peers_learning,
     "throughput": throughput,
+    "ceilings": ceilings,
     "variants": variants,
     "kernels": kernels,
     "oracle": oracle,

@@ -1,12 +1,17 @@
 """Environment steps per second of every algorithm's whole training program.
 
-    python benchmarks/algorithms.py [--env CartPole-v1] [--num-envs 64 2048]
+    python benchmarks/throughput.py             what the README shows
+    python benchmarks/throughput.py --grid      every algorithm, size and environment
+    python benchmarks/throughput.py --quick     ten minutes on a GPU, with its own sizes
 
 Timed is `advance`, what `jaxpg train` runs between two visits of the host: collecting,
 the update with the algorithm's default settings (PPO: 4 epochs of 4 minibatches over
-128 steps each), statistics. Fresh policies; only real decisions count. Compile time is
-that of the same program, tracing included, without a cache. All programs of one size
-are timed in turns.
+128 steps each), statistics. Policies are in their first updates, and only real
+decisions count: whole episodes of fresh policies are short and end at different times,
+and `ceilings.py` has the trained ones. Compile time is that of the same program,
+tracing included, without a cache; working memory is what XLA asks for beside the state.
+The ceiling is the environment alone, with random actions, in the same process; all
+programs of one size are timed in turns.
 """
 
 import argparse
@@ -16,47 +21,88 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ceilings
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 import timing
 
 from jaxpg.algos.registry import RECIPES
-from jaxpg.train.config import TrainConfig
-from jaxpg.train.run import create_run, initial_state
+from jaxpg.train.config import PolicyConfig, TrainConfig
+from jaxpg.train.program import MAX_UPDATES_PER_CALL
+from jaxpg.train.run import Run, create_run, initial_state
+
+NAMES = list(RECIPES)
+WORLDS = ["CartPole-v1", "Acrobot-v1", "Pendulum-v1"]
+IMAGES = ["Breakout-MinAtar", "SpaceInvaders-MinAtar"]
+SIZES = [4, 64, 512, 2048, 16384]
+ACCELERATED = [2**n for n in range(11, 18)]
+NUM_STEPS = 128
+
+Place = tuple[str, int]
 
 
 def main() -> None:
     options = parse()
     jax.config.update("jax_num_cpu_devices", options.num_devices)
+    accelerated = jax.default_backend() != "cpu"
     table: dict[str, Any] = {}
-    for num_envs in options.num_envs:
-        table[str(num_envs)] = rates(options, num_envs)
-    name = "-".join(x for x in ("algorithms", suffix(options.env)) if x)
-    path = timing.save(
-        f"{name}-{jax.default_backend()}", {"settings": vars(options), "table": table}
-    )
-    print(f"stored in {path.name}")
+    for (env, num_envs), names in plan(options, accelerated).items():
+        table[f"{env} {num_envs}"] = rates(options, env, num_envs, names)
+        store(options, table)
+    print(f"stored in {store(options, table).name}")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--env", default="CartPole-v1")
-    parser.add_argument("--num-envs", type=int, nargs="+", default=[64, 2048])
-    parser.add_argument("--num-devices", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--algorithms", nargs="+", default=list(RECIPES))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--grid", action="store_true", help="everything, which takes over an hour")
+    add("--quick", action="store_true", help="only PPO and REINFORCE on CartPole")
+    add("--envs", nargs="+", help="only these environments")
+    add("--num-envs", type=int, nargs="+", help="only these sizes")
+    add("--algorithms", nargs="+", help="only these algorithms", choices=NAMES)
+    add("--num-devices", type=int, default=2)
+    add("--rounds", type=int, default=3)
+    add("--out", default="throughput", help="name of the stored result")
     return parser.parse_args()
 
 
-def suffix(env: str) -> str:
-    return "" if env == "CartPole-v1" else env.lower()
+def plan(options: argparse.Namespace, accelerated: bool) -> dict[Place, list[str]]:
+    """Which algorithms run where."""
+    sizes = options.num_envs or (ACCELERATED if accelerated else SIZES)
+    chosen: dict[Place, list[str]] = {}
+    for env in options.envs or [*WORLDS, *IMAGES]:
+        for num_envs in sizes:
+            whole = options.grid or (env == "CartPole-v1" and num_envs == 2048)
+            usual = ["ppo", "reinforce"] if env == "CartPole-v1" else ["ppo"]
+            if options.quick and env != "CartPole-v1":
+                continue
+            if not (whole or env == "CartPole-v1" or num_envs == 512):
+                continue
+            names = NAMES if whole and not options.quick else usual
+            chosen[env, num_envs] = options.algorithms or names
+    return chosen
 
 
-def rates(options: argparse.Namespace, num_envs: int) -> dict[str, Any]:
-    """Every algorithm's rate at one number of environments, timed in turns."""
-    programs = {name: Program(options, name, num_envs) for name in options.algorithms}
-    seconds = timing.time_in_turns(programs, options.rounds)
-    found = {}
+def store(options: argparse.Namespace, table: dict[str, Any]) -> Path:
+    """What has been measured so far, with its picture."""
+    found = {"settings": vars(options), "table": table}
+    backend = jax.default_backend()
+    path = timing.save(f"{options.out}-{backend}", found)
+    plot(table, path.with_suffix(".png"))
+    return path
+
+
+def rates(
+    options: argparse.Namespace, env: str, num_envs: int, names: list[str]
+) -> dict[str, Any]:
+    """Every algorithm's rate in one place, timed in turns with the ceiling."""
+    programs = {name: Program(env, num_envs, name) for name in names}
+    first = next(iter(programs.values())).run
+    alone = ceilings.environment_alone(first.env, num_envs, NUM_STEPS, first.placement)
+    seconds = timing.time_in_turns({**programs, "alone": alone}, options.rounds)
+    ceiling = timing.rates(seconds.pop("alone"), num_envs * NUM_STEPS)
+    found: dict[str, Any] = {"environment alone": ceiling}
     for name, program in programs.items():
         # Episodes differ in length from update to update: each round has its own steps.
         steps = program.steps[-options.rounds :]
@@ -66,42 +112,93 @@ def rates(options: argparse.Namespace, num_envs: int) -> dict[str, Any]:
             "low": min(each),
             "high": max(each),
             "rounds": options.rounds,
-            "steps_per_update": float(np.mean(steps)),
+            "of_environment_alone": float(np.median(each)) / ceiling["median"],
+            "steps_per_update": float(np.mean(steps)) / program.count,
+            "num_devices": program.run.placement.num_devices,
             "compile_seconds": program.compile_seconds,
+            "working_bytes": program.working_bytes,
         }
-        print(
-            f"{name:11} {num_envs:6} envs  {found[name]['median'] / 1e3:8.0f}k steps/s "
-            f"({min(each) / 1e3:.0f}k - {max(each) / 1e3:.0f}k), "
-            f"compiled in {program.compile_seconds:.1f} s",
-            flush=True,
-        )
+        print(describe(env, num_envs, name, found[name]), flush=True)
     return found
 
 
-class Program:
-    """One algorithm's compiled program; calling it makes one update."""
+def describe(env: str, num_envs: int, name: str, row: dict[str, Any]) -> str:
+    return (
+        f"{env:22} {num_envs:6} envs  {name:11} {row['median'] / 1e3:8.0f}k steps/s "
+        f"({row['low'] / 1e3:.0f}k - {row['high'] / 1e3:.0f}k), "
+        f"{100 * row['of_environment_alone']:.0f}% of the environment alone, "
+        f"compiled in {row['compile_seconds']:.1f} s, works in "
+        f"{row['working_bytes'] / 2**20:.0f} MiB on {row['num_devices']} devices"
+    )
 
-    def __init__(self, options: argparse.Namespace, name: str, num_envs: int) -> None:
-        config = TrainConfig(
-            env=options.env,
-            num_envs=num_envs,
-            num_devices=options.num_devices,
-            algorithm=RECIPES[name].settings(),
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            config = dataclasses.replace(config, runs_dir=Path(folder), name="run")
-            run = create_run(config)
-        self.state = initial_state(run)
+
+class Program:
+    """One algorithm's compiled program; calling it makes some updates."""
+
+    def __init__(self, env: str, num_envs: int, name: str) -> None:
+        # Long enough to be timed, as the visits of a run are.
+        self.count = max(1, min(MAX_UPDATES_PER_CALL, 2**17 // (num_envs * NUM_STEPS)))
+        self.run = make_run(env, num_envs, name)
+        self.state = initial_state(self.run)
         began = time.perf_counter()
-        lowered = run.program.advance.lower(self.state, np.int32(1))
+        lowered = self.run.program.advance.lower(self.state, np.int32(1))
         self.advance = lowered.compile()
         self.compile_seconds = time.perf_counter() - began
+        self.working_bytes = self.advance.memory_analysis().temp_size_in_bytes
         self.steps: list[int] = []
 
     def __call__(self) -> Any:
-        self.state, metrics = self.advance(self.state, np.int32(1))
-        self.steps.append(int(metrics["num_steps"][0].sum()))
+        self.state, metrics = self.advance(self.state, np.int32(self.count))
+        self.steps.append(int(metrics["num_steps"][: self.count].sum()))
         return self.state
+
+
+def make_run(env: str, num_envs: int, name: str) -> Run:
+    """A run with the defaults, in a folder that is gone at once."""
+    image = env in IMAGES
+    network = {"network": "cnn", "hidden": (128,)} if image else {}
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(
+            env=env,
+            max_steps=1000 if image else None,
+            num_envs=num_envs,
+            algorithm=RECIPES[name].settings(),
+            policy=PolicyConfig(**network),  # type: ignore[arg-type]
+        )
+        return create_run(
+            dataclasses.replace(config, runs_dir=Path(folder), name="run")
+        )
+
+
+def plot(table: dict[str, Any], path: Path) -> None:
+    """Steps per second against environments, on CartPole."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for name, marker in zip(("environment alone", *NAMES), "kosv^D<>P", strict=True):
+        sizes = [
+            int(place.split()[1])
+            for place, rows in table.items()
+            if place.startswith("CartPole") and name in rows
+        ]
+        if not sizes:
+            continue
+        rows = [table[f"CartPole-v1 {size}"][name] for size in sizes]
+        style = {"color": "0.5", "linestyle": ":"} if name.startswith("env") else {}
+        axes.plot(
+            sizes,
+            [row["median"] for row in rows],
+            marker="." if marker == "k" else marker,
+            label=name,
+            **style,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("environments side by side")
+    axes.set_ylabel("environment steps per second")
+    axes.set_title("CartPole-v1, whole training loop")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
