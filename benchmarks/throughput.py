@@ -6,7 +6,8 @@
 
 Timed is `advance`, what `jaxpg train` runs between two visits of the host: collecting,
 the update with the algorithm's default settings (PPO: 4 epochs of 4 minibatches over
-128 steps each), statistics. Policies are in their first updates, and only real
+128 steps each), statistics. Policies are fresh, held there by a vanishing step size
+where there is one; REINFORCE has no baseline, so that no gradient is skipped. Only real
 decisions count: whole episodes of fresh policies are short and end at different times,
 and `ceilings.py` has the trained ones. Compile time is that of the same program,
 tracing included, without a cache; working memory is what XLA asks for beside the state.
@@ -162,12 +163,22 @@ def make_run(env: str, num_envs: int, name: str) -> Run:
             env=env,
             max_steps=1000 if image else None,
             num_envs=num_envs,
-            algorithm=RECIPES[name].settings(),
+            algorithm=held(name),
             policy=PolicyConfig(**network),  # type: ignore[arg-type]
         )
         return create_run(
             dataclasses.replace(config, runs_dir=Path(folder), name="run")
         )
+
+
+def held(name: str) -> Any:
+    """Default settings with which a policy stays as fresh as it is."""
+    settings = RECIPES[name].settings()
+    if hasattr(settings, "learning_rate"):
+        settings = dataclasses.replace(settings, learning_rate=ceilings.HELD)
+    if name == "reinforce":
+        settings = dataclasses.replace(settings, baseline="none")
+    return settings
 
 
 def plot(table: dict[str, Any], path: Path) -> None:

@@ -1,4 +1,12 @@
-"""Every algorithm learns the same on eight devices as on one, but for rounding."""
+"""Every algorithm on eight devices: it learns what one learns, and little is exchanged.
+
+What devices tell each other in an update is read off the programs that run. Gradients
+must be exchanged, as one vector each, and sums for statistics. Nothing whose size grows
+with the batch may be: no row ever moves to another device.
+"""
+
+import math
+import re
 
 import jax
 import numpy as np
@@ -9,26 +17,51 @@ from jaxpg.train.config import PolicyConfig, TrainConfig
 from jaxpg.train.run import create_run, initial_state
 
 SEGMENTS = ("ppo", "trpo", "a2c", "vtrace")
-NUM_STEPS = 8
+NUM_ENVS, NUM_STEPS, HIDDEN = 16, 8, 3
+MAX_STEPS = 40  # some episodes end before, so that returns differ
+NUM_PARAMS = (4 * HIDDEN + HIDDEN) + (2 * HIDDEN + 2)
+NUM_CRITIC_PARAMS = (4 * HIDDEN + HIDDEN) + (HIDDEN + 1)
+BOTH = NUM_PARAMS + NUM_CRITIC_PARAMS
+
+INSTRUCTION = re.compile(
+    r"= (?P<shape>.+?) (?P<name>all-reduce|all-gather|all-to-all|collective-permute|"
+    r"reduce-scatter)(?:-start)?\("
+)
+ARRAY = re.compile(r"(?:f64|f32|s64|s32|u32|pred)\[([\d,]*)\]")
 
 
-def after(name, num_devices, count, folder):
-    """The algorithm's state after some updates, and what was told of them."""
+def exchanges(text):
+    """(name, sizes of the arrays) of every exchange in a program."""
+    found = []
+    for line in text.splitlines():
+        match = INSTRUCTION.search(line)
+        if match:
+            arrays = ARRAY.findall(match["shape"])
+            sizes = [math.prod(int(n) for n in x.split(",") if n) for x in arrays]
+            found.append((match["name"], sizes))
+    return found
+
+
+def train(name, num_devices, count, folder):
+    """First params, the state and the numbers after some updates, and the exchanges."""
     settings = {"num_steps": NUM_STEPS} if name in SEGMENTS else {"episodes_per_env": 1}
     config = TrainConfig(
-        num_envs=16,
+        num_envs=NUM_ENVS,
         num_devices=num_devices,
-        max_steps=40,  # so that some episodes end before, and returns differ
-        policy=PolicyConfig(hidden=(3,)),
+        max_steps=MAX_STEPS,
+        policy=PolicyConfig(hidden=(HIDDEN,)),
         algorithm=RECIPES[name].settings(**settings),
         runs_dir=folder,
         name=f"{name}-{num_devices}",
     )
     run = create_run(config)
-    state, metrics = run.program.advance(initial_state(run), np.int32(count))
+    state = initial_state(run)
+    before = leaves(state.algorithm.params)
+    advance = run.program.advance.lower(state, np.int32(count)).compile()
+    state, metrics = advance(state, np.int32(count))
     assert metrics["num_steps"][count - 1] > 0
-    first = jax.tree.leaves(initial_state(run).algorithm.params)
-    return leaves(first), leaves(state.algorithm), leaves(metrics)
+    after = leaves((state.algorithm, metrics))
+    return before, after, exchanges(advance.as_text())
 
 
 def leaves(tree):
@@ -36,18 +69,37 @@ def leaves(tree):
 
 
 def assert_the_same(name, count, tolerance, folder):
-    before, *alone = after(name, 1, count, folder)
-    _, *together = after(name, 8, count, folder)
-    moved = zip(before, alone[0], strict=False)
-    assert any(x.shape != y.shape or np.abs(x - y).max() > 1e-3 for x, y in moved)
-    for ours, theirs in zip(together, alone, strict=True):
-        for x, y in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+    """Returns what eight devices exchange."""
+    before, alone, silence = train(name, 1, count, folder)
+    _, together, talk = train(name, 8, count, folder)
+    assert silence == []
+    params = alone[: len(before)]  # they come first in every state
+    moved = [np.abs(x - y).max() for x, y in zip(before, params, strict=True)]
+    assert max(moved) > 1e-3
+    for x, y in zip(together, alone, strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+    return talk
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_twenty_updates_in_float64(name, tmp_path, float64):
-    assert_the_same(name, 20, 1e-8, tmp_path)
+def test_twenty_updates_are_one_devices_and_no_row_is_exchanged(
+    name, tmp_path, float64
+):
+    talk = assert_the_same(name, 20, 1e-8, tmp_path)
+    if name in ("off-policy", "enac"):
+        return  # they solve or reweigh episodes as a whole
+    assert {kind for kind, _ in talk} == {"all-reduce"}
+    largest = max(size for _, sizes in talk for size in sizes)
+    # Gradients with their sums, or for every decision time a sum in eight folds.
+    assert NUM_PARAMS <= largest <= max(BOTH + 8, 8 * MAX_STEPS)
+    assert largest < NUM_ENVS * (NUM_STEPS if name in SEGMENTS else MAX_STEPS)
+    if name == "ppo":
+        assert_one_vector_a_step(talk)
+
+
+def assert_one_vector_a_step(talk):
+    sums = ("kl", "clip_fraction", "entropy", "critic_loss", "count")
+    assert [s for _, s in talk if max(s) >= NUM_PARAMS] == [[BOTH + len(sums)]]
 
 
 def test_one_update_in_float32(tmp_path):

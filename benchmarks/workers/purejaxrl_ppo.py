@@ -53,7 +53,8 @@ def build(work: protocol.Work) -> protocol.Job:
 
     def learn(seed: int) -> list[float | None]:
         info = jax.jit(returns)(jax.random.PRNGKey(seed))
-        values, ended = (np.asarray(x) for x in info.values())
+        values = np.asarray(info["returned_episode_returns"])
+        ended = np.asarray(info["returned_episode"])
         pairs = zip(values, ended, strict=True)
         return [protocol.mean_or_none(x, where) for x, where in pairs]
 
