@@ -105,16 +105,16 @@ def perceive_many(
 
     >>> from flax import nnx
     >>> perceptron = mlp(2, (3,), 1, rngs=nnx.Rngs(0), output_scale=1.0)
-    >>> inputs = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    >>> inputs = jnp.linspace(-1.0, 1.0, 128).reshape(64, 2)
     >>> bool(jnp.allclose(perceive_many(perceptron, inputs), perceptron(inputs)))
     True
     """
     from flax import nnx
 
     if len(inputs) < FEW:
-        return perceptron(inputs)  # type: ignore[operator]
+        return perceptron(inputs)
     features = inputs.T
-    for layer in perceptron.layers:  # type: ignore[attr-defined]
+    for layer in perceptron.layers:
         if isinstance(layer, nnx.Linear):
             features = layer.kernel[...].T @ features + layer.bias[...][:, None]
         else:

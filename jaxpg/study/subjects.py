@@ -178,7 +178,7 @@ def from_checkpoint(
     Raises:
         ValueError: if there is no such run, checkpoint or member.
     """
-    opened = open_run(run, one_device=True)
+    opened = open_run(run, num_devices=1)
     step, trees = load_params(opened, update)
     check_range("member", member, 0, len(trees) - 1, cure="the run has no others")
     world = opened.env
