@@ -32,6 +32,9 @@ from jaxpg.study.settings import (
 from jaxpg.study.statistics import exact_reference
 from jaxpg.study.store import Store, open_store, read_settings
 from jaxpg.study.subjects import drifted, fresh_subject, mean_kl_of
+from jaxpg.train.config import PolicyConfig, TrainConfig
+from jaxpg.train.loop import train
+from jaxpg.train.run import load_params, open_run
 from jaxpg.train.sharding import place
 
 # --- names
@@ -99,6 +102,28 @@ def test_wrong_subjects_are_refused():
 
 def mine():
     return fresh_subject("mine", seed=1)
+
+
+def test_a_policy_at_any_stage_of_a_run(tmp_path):
+    config = TrainConfig(
+        num_envs=4,
+        num_updates=2,
+        checkpoint_every=1,
+        num_seeds=2,
+        num_devices=1,
+        eval_episodes=0,
+        policy=PolicyConfig(hidden=(3,)),
+        runs_dir=tmp_path,
+        name="run",
+    )
+    folder = train(config, show=False).folder
+    subject = subjects.from_checkpoint(folder, update="1", member=1, max_steps=9)
+    _, stored = load_params(open_run(folder, num_devices=1), "1")
+    jax.tree.map(np.testing.assert_array_equal, subject.params, stored[1])
+    assert subject.max_steps == 9
+    assert subject.label == "CartPole-v1, after 1 updates of reinforce"
+    with pytest.raises(ValueError, match=r"^member is 2, .* the run has no others"):
+        subjects.from_checkpoint(folder, member=2)
 
 
 def test_parts_and_chunks_are_the_same_trajectories():
