@@ -112,12 +112,11 @@ def usable(options: argparse.Namespace) -> list[str]:
     found = []
     for name in options.libraries:
         variable = LIBRARIES[name].checkout
-        if variable is not None and not Path(os.environ.get(variable, "")).is_dir():
-            print(f"{name} is left out: set {variable} to a checkout of it")
-        elif variable is not None and not os.environ.get(variable):
-            print(f"{name} is left out: {variable} is not set")
-        else:
+        folder = "." if variable is None else os.environ.get(variable)
+        if folder and Path(folder).is_dir():
             found.append(name)
+        else:
+            print(f"{name} is left out: set {variable} to a checkout of it")
     return found
 
 

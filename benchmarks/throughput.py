@@ -1,8 +1,8 @@
 """Environment steps per second of every algorithm's whole training program.
 
-    python benchmarks/throughput.py             what the README shows
+    python benchmarks/throughput.py             CartPole at every size, others at 512
     python benchmarks/throughput.py --grid      every algorithm, size and environment
-    python benchmarks/throughput.py --quick     ten minutes on a GPU, with its own sizes
+    python benchmarks/throughput.py --quick     PPO and REINFORCE on CartPole
 
 Timed is `advance`, what `jaxpg train` runs between two visits of the host: collecting,
 the update with the algorithm's default settings (PPO: 4 epochs of 4 minibatches over

@@ -1,9 +1,10 @@
-"""Predicates that stay one decision when the program around them is vmapped.
+"""What `vmap` would spoil: single decisions for a whole batch, and single rows.
 
 `vmap` turns a batched `cond` into "compute both and select" and a batched `while_loop`
 into a loop that copies its whole carry each turn. For work that is merely *skipped*
 when nobody needs it, one decision for the whole batch is right and far cheaper: the
-work goes on while anybody, anywhere in any vmapped axis, needs it.
+work goes on while anybody, anywhere in any vmapped axis, needs it (`anywhere`). And one
+row is not a batch of one (`over_rows`).
 """
 
 from collections.abc import Callable

@@ -86,8 +86,6 @@ def test_twenty_updates_are_one_devices_and_no_row_is_exchanged(
     name, tmp_path, float64
 ):
     talk = assert_the_same(name, 20, 1e-8, tmp_path)
-    if name in ("off-policy", "enac"):
-        return  # they solve or reweigh episodes as a whole
     assert {kind for kind, _ in talk} == {"all-reduce"}
     largest = max(size for _, sizes in talk for size in sizes)
     # Gradients with their sums, or for every decision time a sum in eight folds.

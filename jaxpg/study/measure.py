@@ -49,7 +49,6 @@ __all__ = [
     "why_not",
 ]
 
-CACHED = Chunks(1024)
 FITS = 10
 """Batches that learned baselines are fitted to, before and apart from the study's."""
 
@@ -366,7 +365,7 @@ def _sums(
             rows,
             weights,
             num_trajectories=1,
-            chunks=CACHED._replace(cut_rows=cut),
+            chunks=Chunks("auto", cut_rows=cut),
         )
         flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(totals)
         found |= {i: flat[k] for k, i in enumerate(plain)}
@@ -418,7 +417,7 @@ def gradient_seconds(
     """One gradient of rows in memory, compiled, to be timed."""
     run = jax.jit(
         lambda params, state, rows: estimate_gradient(
-            contender.estimator, params, state, rows, chunks=CACHED
+            contender.estimator, params, state, rows, chunks=Chunks("auto")
         )
     )
     here = jax.device_put((subject.params, contender.state, rows), jax.devices()[0])

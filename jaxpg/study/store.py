@@ -24,6 +24,7 @@ from jaxpg.train.config import PolicyConfig
 from jaxpg.train.provenance import (
     describe,
     differences,
+    read_header,
     read_json,
     write_json_atomically,
     write_text_atomically,
@@ -165,18 +166,12 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _read_header(folder: Path) -> dict[str, Any]:
-    path = folder / "study.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} holds no study (no study.json in it); give the folder that the "
-            "study printed, such as studies/NAME"
-        )
-    header = read_json(path)
-    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
-        raise ValueError(
-            f"{path} is not of schema {SCHEMA}; open it with the version that made it"
-        )
-    return header
+    return read_header(
+        folder / "study.json",
+        SCHEMA,
+        f"{folder} holds no study (no study.json in it); give the folder that the "
+        "study printed, such as studies/NAME",
+    )
 
 
 def _settings_to_json(settings: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from jaxpg._version import __version__
 __all__ = [
     "describe",
     "differences",
+    "read_header",
     "read_json",
     "write_json_atomically",
     "write_text_atomically",
@@ -102,6 +103,30 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def read_header(path: pathlib.Path, schema: int, missing: str) -> dict[str, Any]:
+    """The JSON object that a run or a study keeps of itself.
+
+    Args:
+        path: its file.
+        schema: the version of the format that is understood.
+        missing: what to say where there is no such file.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: if it is not there, is damaged, or has another schema.
+    """
+    if not path.is_file():
+        raise ValueError(missing)
+    header = read_json(path)
+    if not isinstance(header, dict) or header.get("schema") != schema:
+        raise ValueError(
+            f"{path} is not of schema {schema}; open it with the version that made it"
+        )
+    return header
 
 
 def write_json_atomically(path: str | os.PathLike[str], obj: Any) -> None:

@@ -33,7 +33,7 @@ from jaxpg.train.program import (
     build_program,
     state_shardings,
 )
-from jaxpg.train.provenance import describe, read_json, write_json_atomically
+from jaxpg.train.provenance import describe, read_header, write_json_atomically
 from jaxpg.train.sharding import Placement, place, spread_out, usual_device_count
 from jaxpg.types import Params
 
@@ -172,18 +172,12 @@ def store_config(run: Run) -> None:
 
 
 def _read(folder: Path | str) -> dict[str, Any]:
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} holds no run (no config.json in it); give the folder that "
-            "training printed, such as runs/NAME"
-        )
-    stored = read_json(path)
-    if not isinstance(stored, dict) or stored.get("schema") != SCHEMA:
-        raise ValueError(
-            f"{path} is not of schema {SCHEMA}; open it with the version that made it"
-        )
-    return stored
+    return read_header(
+        Path(folder) / "config.json",
+        SCHEMA,
+        f"{folder} holds no run (no config.json in it); give the folder that training "
+        "printed, such as runs/NAME",
+    )
 
 
 def _check_own(folder: Path, given: dict[str, Any]) -> None:
