@@ -11,6 +11,7 @@ broadcasts, because a silent [B, B] is worse than an error.
 
     base      what every distribution can do
     discrete  Categorical, MultiCategorical, Bernoulli; a logit of -inf masks an action
+    one_hot   OneHotCategorical, for draws that are added up or relaxed
     gaussian  DiagonalGaussian, TanhGaussian (in a box), StateDependentGaussian
 
 Each file imports only earlier ones.
@@ -23,6 +24,7 @@ from jaxpg.distributions.gaussian import (
     StateDependentGaussian,
     TanhGaussian,
 )
+from jaxpg.distributions.one_hot import OneHotCategorical
 
 __all__ = [
     "Bernoulli",
@@ -30,6 +32,7 @@ __all__ = [
     "DiagonalGaussian",
     "Distribution",
     "MultiCategorical",
+    "OneHotCategorical",
     "StateDependentGaussian",
     "TanhGaussian",
     "entropy_of",

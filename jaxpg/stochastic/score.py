@@ -1,0 +1,340 @@
+"""The score-function gradient of any stochastic program.
+
+    d/dtheta E[C] = E[ dC/dtheta + sum_z dlog p(z)/dtheta (Q[z] - b[z]) ]
+
+Q[z] is the sum of the costs that z's draw reaches, b[z] a baseline that knows nothing
+of the draw, and dC/dtheta the way from the parameters to the costs that needs no draw.
+`score_function` turns a program into a function whose value is the sampled cost and
+whose derivative is that estimate: it composes with `jax.grad`, `vmap`, `jit` and any
+other loss. It never knows where a baseline came from; `control` makes some.
+
+References: Williams 1992; Schulman et al. 2015, "Gradient estimation using stochastic
+computation graphs"; Foerster et al. 2018, "DiCE"; Mao et al. 2019, "A baseline for any
+order gradient estimation in stochastic computation graphs"; Kool et al. 2019, "Buy 4
+REINFORCE samples, get a baseline for free!" (leave-one-out).
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxpg._checks import check_choice, check_positive, nearest
+from jaxpg.stochastic.credits import credit_of, history_of
+from jaxpg.stochastic.execution import (
+    Program,
+    Record,
+    Traced,
+    execute,
+    trace,
+)
+from jaxpg.stochastic.influence import Graph
+from jaxpg.stochastic.nodes import DrawRule
+from jaxpg.surrogate import magic_box
+from jaxpg.types import Params, PRNGKey, PyTree
+
+__all__ = [
+    "Levels",
+    "Loss",
+    "Report",
+    "Signals",
+    "any_order",
+    "first_order",
+    "mean_of_others",
+    "score_function",
+    "signals_of",
+]
+
+Levels = Mapping[str, Any]
+"""One number for each node, or one for each round of its loops; by node."""
+
+
+class Report(NamedTuple):
+    """What was seen on the way; with several samples, theirs are in front.
+
+    Attributes:
+        costs: by mark, the program's returned one as "returned"; differentiable.
+        credits: by node, the costs that its draws reach, for each independent draw;
+            held constant.
+        baselines: by node, those that the program itself gave; differentiable.
+        log_probs: by node, in nats.
+        values: by node, the draws.
+        output: what the program returned beside its cost; differentiable, so a loss on
+            it that no draw shall be blamed for can be added to the estimate.
+    """
+
+    costs: dict[str, Array]
+    credits: dict[str, Array]
+    baselines: dict[str, Array]
+    log_probs: dict[str, Array]
+    values: dict[str, PyTree]
+    output: PyTree
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """What an operator returns: a sampled cost whose derivative is the estimate."""
+
+    def __call__(
+        self,
+        params: Params,
+        key: PRNGKey,
+        *inputs: PyTree,
+        baselines: Levels | None = None,
+        scales: Levels | None = None,
+    ) -> tuple[Float[Array, ""], Report]:
+        """`(cost, report)`, for `jax.value_and_grad(..., has_aux=True)`."""
+
+
+def score_function(
+    program: Program,
+    *,
+    num_samples: int | None = None,
+    leave_one_out: bool = False,
+    order: Literal["first", "any"] = "first",
+    has_aux: bool = False,
+    rule: DrawRule | None = None,
+) -> Loss:
+    """Make a program's expected cost differentiable through its draws.
+
+        loss = C + sum_z (log p(z) - |log p(z)|) * (Q[z] - b[z]) / scale[z]
+
+    where |x| is held constant, so the value is the sampled cost C. With order "any" it
+    is the magic box that makes every derivative right:
+
+        loss = sum_c c * box(S[c]) + sum_z b[z] (1 - box(log p(z))) box(S[z])
+
+    Args:
+        program: `program(params, key, *inputs)`, with at least one `sample`; it returns
+            its last cost, a scalar to be lowered. One datum: `jax.vmap` over data.
+        num_samples: how many independent runs to average, K; None for one, reported
+            without an axis in front.
+        leave_one_out: subtract from each run's credit the mean of the other runs'.
+        order: "first" for first derivatives; "any" for all of them.
+        has_aux: whether the program returns `(cost, output)`.
+        rule: how nodes draw, for operators built on this one.
+
+    Returns:
+        `loss(params, key, *inputs, baselines=None, scales=None) -> (cost, report)`. The
+        key is consumed. Baselines and scales are by node, held constant; each may know
+        anything but what the node's draw reaches.
+
+    Raises:
+        ValueError: if leave-one-out has fewer than two samples, scales are given with
+            order "any", a baseline names no node or fits none of its rounds, or the
+            program is not one (see `execution.trace`).
+
+    Bias: unbiased for the derivative of the expected cost (order "any": for every
+        derivative), with any such baselines. With scales unbiased up to them: each
+        node's term is divided by its own.
+
+    Reference: Schulman et al. 2015, theorem 1 and corollary 1; Foerster et al. 2018.
+
+    >>> from jaxpg.distributions import Bernoulli
+    >>> from jaxpg.stochastic import sample
+    >>> def program(logit, key):
+    ...     bit = sample(key, Bernoulli(logit[None]))[0]
+    ...     return (bit.astype(logit.dtype) - 0.45) ** 2
+    >>> loss = score_function(program, num_samples=1000, leave_one_out=True)
+    >>> slope, report = jax.grad(loss, has_aux=True)(jnp.array(0.0), jax.random.key(0))
+    >>> abs(slope.item() - 0.1 * 0.25) < 0.005  # (0.55² - 0.45²) p (1 - p)
+    True
+    """
+    check_choice("order", order, ("first", "any"))
+    if num_samples is not None:
+        check_positive("num_samples", num_samples)
+    if leave_one_out and (num_samples or 1) < 2:
+        raise ValueError(
+            f"num_samples is {num_samples} and leave_one_out is True, needs at least 2 "
+            "samples to leave one out; use num_samples=2 or more, or a baseline"
+        )
+
+    def loss(
+        params: Params,
+        key: PRNGKey,
+        *inputs: PyTree,
+        baselines: Levels | None = None,
+        scales: Levels | None = None,
+    ) -> tuple[Float[Array, ""], Report]:
+        if scales and order == "any":
+            raise ValueError(
+                "scales are given with order 'any', needs order='first': a scaled term "
+                "has no higher derivatives; leave scales out"
+            )
+        traced = trace(program, params, key, inputs, rule=rule, has_aux=has_aux)
+        graph = traced.graph
+        baselines, scales = dict(baselines or {}), dict(scales or {})
+        _check_levels(traced, baselines=baselines, scales=scales)
+
+        over_runs = jax.vmap if num_samples else lambda run: run
+        keys = jax.random.split(key, num_samples) if num_samples else key
+
+        def run(key: PRNGKey) -> tuple[Record, Signals]:
+            record = execute(traced, params, key, inputs)
+            return record, signals_of(graph, record, baselines)
+
+        record, signals = over_runs(run)(keys)
+        if leave_one_out:
+            signals = _leave_one_out(signals)
+        if order == "any":
+            totals = over_runs(partial(any_order, graph))(record, signals.levels)
+        else:
+            weigh = partial(_weights, scales=scales)
+            weights = over_runs(weigh)(signals)
+            totals = over_runs(partial(first_order, graph))(record, weights)
+        return jnp.mean(totals), _report(record, signals)
+
+    return loss
+
+
+class Signals(NamedTuple):
+    """What weighs the scores, by node: one for each independent draw, held constant.
+
+    Attributes:
+        credits: the costs that a draw reaches.
+        levels: what is subtracted from them.
+    """
+
+    credits: dict[str, Array]
+    levels: dict[str, Array]
+
+    @property
+    def excess(self) -> dict[str, Array]:
+        """Credit less level."""
+        return {name: x - self.levels[name] for name, x in self.credits.items()}
+
+
+def signals_of(
+    graph: Graph, record: Record, baselines: Levels | None = None
+) -> Signals:
+    """Credits and levels of one run.
+
+    Args:
+        graph: of the program.
+        record: one evaluation of it.
+        baselines: by node, in addition to those that the program gave.
+
+    Returns:
+        The signals of all scored nodes.
+
+    Bias: none, as long as no baseline knows its own draw.
+    """
+    credits, levels = {}, {}
+    for name, site in graph.nodes.items():
+        if site.scored:
+            node = record.nodes[name]
+            given = _per_draw((baselines or {}).get(name, 0.0), node.log_prob)
+            credits[name] = _per_draw(credit_of(graph, record, name), node.log_prob)
+            levels[name] = node.baseline + given
+    return jax.lax.stop_gradient(Signals(credits, levels))
+
+
+def first_order(graph: Graph, record: Record, weights: Levels) -> Float[Array, ""]:
+    """The costs, with sum_z weights[z] * grad log p(z) added to their derivative.
+
+    Args:
+        graph: of the program.
+        record: one evaluation of it.
+        weights: by node, one for each independent draw; nodes left out have none.
+
+    Returns:
+        The total cost.
+
+    Bias: first derivative that of the weights; higher ones biased.
+    """
+    total = record.total
+    for name, weight in weights.items():
+        log_prob = record.nodes[name].log_prob
+        score = log_prob - jax.lax.stop_gradient(log_prob)
+        total = total + jnp.sum(jax.lax.stop_gradient(weight) * score)
+    return total
+
+
+def any_order(graph: Graph, record: Record, levels: Levels) -> Float[Array, ""]:
+    """The costs in magic boxes, less controls that are zero at every order.
+
+    Args:
+        graph: of the program.
+        record: one evaluation of it.
+        levels: by node, baselines for each independent draw, held constant.
+
+    Returns:
+        The total cost, differentiable any number of times.
+
+    Bias: none, at any order.
+
+    Reference: Foerster et al. 2018, equation 8; Mao et al. 2019.
+    """
+    total = jnp.zeros(())
+    for name, site in graph.costs.items():
+        box = magic_box(history_of(graph, record, site))
+        total = total + jnp.sum(record.costs[name] * _per_draw(box, record.costs[name]))
+    for name, level in levels.items():
+        node = record.nodes[name]
+        box = magic_box(history_of(graph, record, graph.nodes[name]))
+        control = (1.0 - magic_box(node.log_prob)) * _per_draw(box, node.log_prob)
+        total = total + jnp.sum(jax.lax.stop_gradient(level) * control)
+    return total
+
+
+def _weights(signals: Signals, scales: Levels) -> dict[str, Array]:
+    return {
+        name: excess / _per_draw(scales.get(name, 1.0), excess)
+        for name, excess in signals.excess.items()
+    }
+
+
+def _leave_one_out(signals: Signals) -> Signals:
+    """The others' mean of what a baseline leaves, over the first axis."""
+    levels = {
+        name: signals.levels[name] + mean_of_others(excess)
+        for name, excess in signals.excess.items()
+    }
+    return signals._replace(levels=levels)
+
+
+def mean_of_others(x: Float[Array, "K ..."]) -> Float[Array, "K ..."]:
+    """Added up anew for each: taking oneself off the total leaves one's rounding."""
+    number = x.shape[0]
+    own = jnp.eye(number, dtype=bool).reshape(number, number, *(1,) * (x.ndim - 1))
+    return jnp.sum(jnp.where(own, 0.0, x[None]), axis=1) / (number - 1)
+
+
+def _per_draw(x: Any, like: Array) -> Array:
+    """Broadcast from the front: what holds for a round holds for all of its draws."""
+    x = jnp.asarray(x, like.dtype)
+    return jnp.broadcast_to(
+        x.reshape(*x.shape, *(1,) * (like.ndim - x.ndim)), like.shape
+    )
+
+
+def _report(record: Record, signals: Signals) -> Report:
+    return Report(
+        record.costs,
+        signals.credits,
+        {name: node.baseline for name, node in record.nodes.items()},
+        {name: node.log_prob for name, node in record.nodes.items()},
+        {name: node.value for name, node in record.nodes.items()},
+        record.output,
+    )
+
+
+def _check_levels(traced: Traced, **levels: Levels) -> None:
+    nodes = traced.graph.nodes
+    scored = [name for name, site in nodes.items() if site.scored]
+    for kind, by_node in levels.items():
+        for name, level in by_node.items():
+            if name not in scored:
+                raise ValueError(
+                    f"{kind} name the node {name!r}, unknown; {nearest(name, scored)}"
+                )
+            rounds = tuple(loop.length for loop in nodes[name].loops)
+            if jnp.shape(level) not in ((), rounds):
+                raise ValueError(
+                    f"{kind}[{name!r}] has shape {jnp.shape(level)}, needs () or "
+                    f"{rounds} = one number for each round of the node's loops; give "
+                    "sample(baseline=...) one for each independent draw"
+                )
