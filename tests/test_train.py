@@ -419,16 +419,40 @@ def test_every_number_of_every_algorithm_can_be_swept(tmp_path, name, monkeypatc
 # --- every algorithm
 
 
+# Their updates are traced for each algorithm and each world once; all else is of all.
+TRACED = {(env, name) for env, name in tuned_pairs() if name != "ppo"}
+TRACED |= {pair for pair in tuned_pairs() if pair[0] not in dict(TRACED)}
+
+
+def built(pair, folder):
+    """The run that the stored settings of a pair make, and its first state's shapes."""
+    config = dataclasses.replace(tuned(*pair), runs_dir=folder, num_devices=1)
+    run = create_run(config)
+    return run, jax.eval_shape(run.program.init, initial_seeds(config))
+
+
 @pytest.mark.parametrize("pair", tuned_pairs(), ids="/".join)
 def test_stored_settings_build(tmp_path, pair):
     env, algorithm = pair
     config = tuned(env, algorithm)
     assert config.env == env and config.algorithm_name == algorithm
     assert through_json(config) == config
-    config = dataclasses.replace(config, runs_dir=tmp_path, num_devices=1)
-    run = create_run(config)
-    state = jax.eval_shape(run.program.init, initial_seeds(config))
-    jax.eval_shape(run.program.advance, state, np.int32(1))
+    built(pair, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param(x, marks=() if x in TRACED else pytest.mark.exhaustive)
+        for x in tuned_pairs()
+    ],
+    ids="/".join,
+)
+def test_an_update_with_stored_settings_can_be_traced(tmp_path, pair):
+    run, state = built(pair, tmp_path)
+    after, metrics = jax.eval_shape(run.program.advance, state, np.int32(1))
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert "mean_return" in metrics
 
 
 def test_settings_of_a_pair_that_none_are_stored_for():
