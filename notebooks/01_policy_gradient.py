@@ -58,7 +58,9 @@ params = policy.init(jax.random.key(3), jnp.array(0))
 
 for state, name in enumerate(("surface", "seam")):
     pays = dict(zip(("take", "dig"), mdp.reward[state].tolist(), strict=True))
-    print(f"{name}: rewards {pays}, logits {params['network'][state].round(2).tolist()}")
+    print(
+        f"{name}: rewards {pays}, logits {params['network'][state].round(2).tolist()}"
+    )
 
 # %% [markdown]
 # ## By hand
