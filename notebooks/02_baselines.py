@@ -309,7 +309,6 @@ for name in names:
 # The dotted line is what $1/N$ does to the variance without baseline. A mean over time
 # and a value network lie under it at every $N$: a pole that still stands late in an
 # episode has less left to gain, and both know that. One number for all times does not,
-# and here it is worse than none, for late decisions are weighed by far too large a
-# number. The number per decision that would be optimal if it were known lies highest of
+# and here it is worse than none, for it takes far too much off late decisions. The number per decision that would be optimal if it were known lies highest of
 # all in small batches: it is a ratio of noisy sums for every $t$, and its own error
 # falls faster than $1/N$.
