@@ -11,7 +11,6 @@
 #     name: python3
 # ---
 
-
 # %% [markdown]
 # # 2. Which part of a gradient's noise can be taken away?
 #

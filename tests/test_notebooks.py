@@ -33,7 +33,9 @@ def cells_of(text):
         source = source.strip("\n")
         if "[markdown]" in head:
             lines = source.splitlines()
-            source = "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
+            source = "\n".join(
+                line.removeprefix("#").removeprefix(" ") for line in lines
+            )
             cells.append(("markdown", source))
         else:
             cells.append(("code", source))
