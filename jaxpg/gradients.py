@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from jaxpg._batching import anywhere, over_rows
+from jaxpg._batching import anywhere, over_rows, vmap_rows
 from jaxpg._checks import check_positive, check_rank
 from jaxpg.types import Params, PyTree
 
@@ -472,7 +472,7 @@ def trajectory_gradients(
         return jnp.sum(weigh(row_weights, log_prob_fn(params, row)))
 
     weights = jax.lax.stop_gradient(weights)
-    return jax.vmap(jax.grad(surrogate), (None, 0, 0))(params, rows, weights)
+    return vmap_rows(jax.grad(surrogate), (None, 0, 0))(params, rows, weights)
 
 
 def weigh(

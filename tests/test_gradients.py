@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from jaxpg._batching import rows_are_vmapped
 from jaxpg.distributions import Categorical
 from jaxpg.envs import Box, Discrete
 from jaxpg.gradients import (
@@ -100,6 +101,22 @@ def test_mean_of_trajectory_gradients_is_the_score_gradient():
     assert all(x.shape[0] == B for x in jax.tree.leaves(each))
     mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), each)
     assert_trees_close(mean, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_trajectories_stand_side_by_side_and_chunks_are_one_row():
+    """Networks lay out their activations by it."""
+    fn, params, rows, weights = mlp_batch()
+    told: list[bool] = []
+
+    def watched(params, row):
+        told.append(rows_are_vmapped())
+        return fn(params, row)
+
+    trajectory_gradients(watched, params, rows, weights)
+    assert set(told) == {True}
+    told.clear()
+    score_gradient(watched, params, rows, weights, chunks=Chunks(5, cut_rows=True))
+    assert set(told) == {False}
 
 
 def test_float32_trajectory_gradients_against_float64_entry_by_entry():
