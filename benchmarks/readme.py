@@ -113,6 +113,27 @@ def throughput() -> str:
     return "\n".join(lines) + f"\n\n({machine(stored)})\n"
 
 
+def scaling() -> str:
+    stored = timing.load("scaling-cpu")
+    lines = [
+        "| algorithm | scaling | devices | environments | all-reduces an update "
+        "| bytes | largest | ms |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in stored["rows"]:
+        counts = ", ".join(
+            str(count) if kind == "all-reduce" else f"{count} {kind}"
+            for kind, count in row["exchanges"].items()
+        )
+        seconds = row["milliseconds"]
+        lines.append(
+            f"| {row['algorithm']} | {row['scaling']} | {row['num_devices']} | "
+            f"{row['num_envs']} | {counts or 0} | {row['bytes']} | "
+            f"{row['largest_bytes']} | {'' if seconds is None else f'{seconds:.0f}'} |"
+        )
+    return "\n".join(lines) + f"\n\n({machine(stored)})\n"
+
+
 def large_batches() -> str:
     stored = timing.load("memory-ppo-cpu")
     first, last = stored["rows"][0], stored["rows"][-1]
@@ -379,6 +400,7 @@ BLOCKS = {
     "peers": peers,
     "peers-learning": peers_learning,
     "throughput": throughput,
+    "scaling": scaling,
     "large-batches": large_batches,
     "ceilings": ceilings,
     "variants": variants,
