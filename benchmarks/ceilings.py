@@ -34,6 +34,7 @@ from jaxpg.policies import log_prob_fn, mlp_policy
 from jaxpg.returns import rewards_to_go, step_discounts
 from jaxpg.rollout import rollout_episodes, rollout_segments, start_segments
 from jaxpg.train.sharding import Placement, place
+from jaxpg.types import Trajectory
 
 HIDDEN = (64, 64)
 HELD = 1e-12  # a learning rate at which the policy stays as it is
@@ -227,20 +228,23 @@ class Bench:
         return jax.lax.map(of_batch, batches).reshape(-1)
 
     def gradient(self, params: Any, obs: Any) -> Any:
-        def log_probs(params: Any, row: Any) -> Any:
-            distribution, _ = jax.vmap(self.policy.step, (None, None, 0))(
-                params, None, row
-            )
-            return distribution.log_prob(jnp.zeros(row.shape[:1], jnp.int32))
-
-        rows = obs.reshape((-1, 16, *obs.shape[1:]))
+        """What the trainer does with a batch of real decisions, and nothing else."""
+        rows = self.decisions(obs.reshape((-1, self.options.num_steps, *obs.shape[1:])))
         return score_gradient(
-            log_probs,
+            log_prob_fn(self.policy),
             params,
             rows,
-            jnp.ones(rows.shape[:2]),
-            chunks=Chunks(ReinforceConfig().chunk_size),
+            rows.reward,
+            chunks=Chunks(ReinforceConfig().chunk_size, cut_rows=True),
             sum_over_rows=self.placement.sum_over_rows,
+        )
+
+    def decisions(self, obs: Any) -> Trajectory:
+        """Rows with action 0 and reward 1 everywhere."""
+        ones = jnp.ones(obs.shape[:2])
+        number, flag = ones.astype(jnp.int32), ones == 1.0
+        return Trajectory(
+            obs, 0 * number, ones, ones, ~flag, ~flag, flag, number, number
         )
 
     def report(self, seconds: dict[str, list[float]], flops: float) -> dict[str, Any]:

@@ -113,6 +113,43 @@ def throughput() -> str:
     return "\n".join(lines) + f"\n\n({machine(stored)})\n"
 
 
+def scaling() -> str:
+    stored = timing.load("scaling-cpu")
+    lines = [
+        "| algorithm | scaling | devices | environments | all-reduces an update "
+        "| bytes | largest | ms |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in stored["rows"]:
+        counts = ", ".join(
+            str(count) if kind == "all-reduce" else f"{count} {kind}"
+            for kind, count in row["exchanges"].items()
+        )
+        seconds = row["milliseconds"]
+        lines.append(
+            f"| {row['algorithm']} | {row['scaling']} | {row['num_devices']} | "
+            f"{row['num_envs']} | {counts or 0} | {row['bytes']} | "
+            f"{row['largest_bytes']} | {'' if seconds is None else f'{seconds:.0f}'} |"
+        )
+    return "\n".join(lines) + f"\n\n({machine(stored)})\n"
+
+
+def large_batches() -> str:
+    stored = timing.load("memory-ppo-cpu")
+    first, last = stored["rows"][0], stored["rows"][-1]
+    working = [row["working_bytes_per_step"] for row in stored["rows"]]
+    return (
+        f"PPO stores its batch, {stored['stored_bytes_per_step']} bytes a step on "
+        f"CartPole-v1 with advantages, targets and values. From "
+        f"{first['num_envs']} to {last['num_envs']} environments of 128 steps the "
+        f"compiled program asks for {min(working):.1f} to {max(working):.1f} bytes a "
+        f"step in all, in proportion to the batch, of which every epoch holds a "
+        f"shuffled copy. The "
+        f"whole process peaks at {first['peak_bytes'] / 2**20:.0f} to "
+        f"{last['peak_bytes'] / 2**20:.0f} MiB ({machine(stored)}).\n"
+    )
+
+
 def ceilings() -> str:
     stored = timing.load("ceilings-cpu")
     settings = stored["settings"]
@@ -363,6 +400,8 @@ BLOCKS = {
     "peers": peers,
     "peers-learning": peers_learning,
     "throughput": throughput,
+    "scaling": scaling,
+    "large-batches": large_batches,
     "ceilings": ceilings,
     "variants": variants,
     "kernels": kernels,

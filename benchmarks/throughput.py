@@ -3,6 +3,7 @@
     python benchmarks/throughput.py             CartPole at every size, others at 512
     python benchmarks/throughput.py --grid      every algorithm, size and environment
     python benchmarks/throughput.py --quick     PPO and REINFORCE on CartPole
+    python benchmarks/throughput.py --add ...   in pieces: stored places stay
 
 Timed is `advance`, what `jaxpg train` runs between two visits of the host: collecting,
 the update with the algorithm's default settings (PPO: 4 epochs of 4 minibatches over
@@ -47,7 +48,7 @@ def main() -> None:
     options = parse()
     jax.config.update("jax_num_cpu_devices", options.num_devices)
     accelerated = jax.default_backend() != "cpu"
-    table: dict[str, Any] = {}
+    table = stored_already(options) if options.add else {}
     for (env, num_envs), names in plan(options, accelerated).items():
         table[f"{env} {num_envs}"] = rates(options, env, num_envs, names)
         store(options, table)
@@ -64,6 +65,7 @@ def parse() -> argparse.Namespace:
     add("--algorithms", nargs="+", help="only these algorithms", choices=NAMES)
     add("--num-devices", type=int, default=2)
     add("--rounds", type=int, default=3)
+    add("--add", action="store_true", help="keep what is stored of other places")
     add("--out", default="throughput", help="name of the stored result")
     return parser.parse_args()
 
@@ -78,20 +80,33 @@ def plan(options: argparse.Namespace, accelerated: bool) -> dict[Place, list[str
             usual = ["ppo", "reinforce"] if env == "CartPole-v1" else ["ppo"]
             if options.quick and env != "CartPole-v1":
                 continue
-            if not (whole or env == "CartPole-v1" or num_envs == 512):
+            asked_for = options.num_envs or env == "CartPole-v1" or num_envs == 512
+            if not (whole or asked_for):
                 continue
             names = NAMES if whole and not options.quick else usual
             chosen[env, num_envs] = options.algorithms or names
     return chosen
 
 
+def stored_already(options: argparse.Namespace) -> dict[str, Any]:
+    """Earlier places, so that a long plan can be run in pieces on one machine."""
+    return timing.load(f"{options.out}-{jax.default_backend()}")["table"]
+
+
 def store(options: argparse.Namespace, table: dict[str, Any]) -> Path:
     """What has been measured so far, with its picture."""
-    found = {"settings": vars(options), "table": table}
+    found = {"settings": vars(options), "table": dict(sorted(table.items(), key=order))}
     backend = jax.default_backend()
     path = timing.save(f"{options.out}-{backend}", found)
     plot(table, path.with_suffix(".png"))
     return path
+
+
+def order(item: tuple[str, Any]) -> tuple[int, int]:
+    """Places as the plan has them: environment by environment, size by size."""
+    env, num_envs = item[0].split()
+    known = [*WORLDS, *IMAGES]
+    return known.index(env) if env in known else len(known), int(num_envs)
 
 
 def rates(
@@ -154,7 +169,7 @@ class Program:
         return self.state
 
 
-def make_run(env: str, num_envs: int, name: str) -> Run:
+def make_run(env: str, num_envs: int, name: str, num_devices: int | None = None) -> Run:
     """A run with the defaults, in a folder that is gone at once."""
     image = env in IMAGES
     network = {"network": "cnn", "hidden": (128,)} if image else {}
@@ -163,6 +178,7 @@ def make_run(env: str, num_envs: int, name: str) -> Run:
             env=env,
             max_steps=1000 if image else None,
             num_envs=num_envs,
+            num_devices=num_devices,
             algorithm=held(name),
             policy=PolicyConfig(**network),  # type: ignore[arg-type]
         )

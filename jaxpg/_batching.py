@@ -4,9 +4,11 @@
 into a loop that copies its whole carry each turn. For work that is merely *skipped*
 when nobody needs it, one decision for the whole batch is right and far cheaper: the
 work goes on while anybody, anywhere in any vmapped axis, needs it (`anywhere`). And one
-row is not a batch of one (`over_rows`).
+row is not a batch of one (`over_rows`), nor are rows side by side one long row
+(`vmap_rows`).
 """
 
+import contextvars
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,9 @@ from jaxtyping import Array, Bool
 
 from jaxpg.types import PyTree
 
-__all__ = ["anywhere", "over_rows"]
+__all__ = ["anywhere", "over_rows", "rows_are_vmapped", "vmap_rows"]
+
+_ROWS_ARE_VMAPPED = contextvars.ContextVar("rows_are_vmapped", default=False)
 
 
 @jax.custom_batching.custom_vmap
@@ -45,6 +49,36 @@ def anywhere(flags: Bool[Array, "..."]) -> Bool[Array, ""]:
     return _or_over_vmapped_axes(jnp.any(flags))
 
 
+def vmap_rows(
+    fn: Callable[..., PyTree], in_axes: tuple[int | None, ...]
+) -> Callable[..., PyTree]:
+    """`vmap` over rows, of which `rows_are_vmapped` tells while `fn` is traced.
+
+    >>> vmap_rows(lambda scale, row: scale * row, (None, 0))(2.0, jnp.ones(2)).tolist()
+    [2.0, 2.0]
+    """
+
+    def told(*args: Any) -> PyTree:
+        token = _ROWS_ARE_VMAPPED.set(True)
+        try:
+            return fn(*args)
+        finally:
+            _ROWS_ARE_VMAPPED.reset(token)
+
+    return jax.vmap(told, in_axes)
+
+
+def rows_are_vmapped() -> bool:
+    """Whether what is traced now will see many rows side by side.
+
+    It may decide how numbers lie in memory, never what they are.
+
+    >>> rows_are_vmapped()
+    False
+    """
+    return _ROWS_ARE_VMAPPED.get()
+
+
 def over_rows(fn: Callable[[Any, PyTree], PyTree], shared: Any, rows: PyTree) -> PyTree:
     """`fn(shared, row)` of every row: `vmap`, and no axis at all where there is one.
 
@@ -55,6 +89,6 @@ def over_rows(fn: Callable[[Any, PyTree], PyTree], shared: Any, rows: PyTree) ->
     [[2.0, 6.0]]
     """
     if jax.tree.leaves(rows)[0].shape[0] != 1:
-        return jax.vmap(fn, (None, 0))(shared, rows)
+        return vmap_rows(fn, (None, 0))(shared, rows)
     found = fn(shared, jax.tree.map(lambda x: x[0], rows))
     return jax.tree.map(lambda x: jnp.asarray(x)[None], found)

@@ -299,7 +299,11 @@ def estimate_credit(
 
 
 def summarize_batch(
-    estimator: Estimator, params: Params, trajectories: Trajectory
+    estimator: Estimator,
+    params: Params,
+    trajectories: Trajectory,
+    *,
+    credit: Credit | None = None,
 ) -> Summary:
     """What the estimator must know of the whole batch: sums that add over its parts.
 
@@ -307,12 +311,14 @@ def summarize_batch(
         estimator: any.
         params: where the gradient is taken.
         trajectories: some rows of the batch, or all.
+        credit: of these rows, where it is known already.
 
     Returns:
         A tree of sums; () where nothing is needed.
 
     """
-    credit = estimate_credit(estimator, params, trajectories)
+    if credit is None:
+        credit = estimate_credit(estimator, params, trajectories)
     if estimator.is_per_parameter:
         return per_parameter_summary(
             estimator.log_prob_fn, params, trajectories, credit
@@ -327,6 +333,7 @@ def estimate_weights(
     trajectories: Trajectory,
     *,
     summary: Summary | None = None,
+    credit: Credit | None = None,
 ) -> Float[Array, "B T"]:
     """The weights of `score_gradient` for some rows of a batch.
 
@@ -336,6 +343,7 @@ def estimate_weights(
         state: what its baseline has learned; () for those that learn nothing.
         trajectories: some rows, or the whole batch.
         summary: of the whole batch; None where these rows are the whole batch.
+        credit: of these rows, where it is known already.
 
     Returns:
         One weight per decision, 0 in empty slots, held constant.
@@ -357,7 +365,8 @@ def estimate_weights(
             "summary is given, but standardize or self_normalize divides by statistics "
             "of all weights, which it does not hold; give the whole batch, no summary"
         )
-    credit = estimate_credit(estimator, params, trajectories)
+    if credit is None:
+        credit = estimate_credit(estimator, params, trajectories)
     weights = apply_baseline(
         estimator.baseline, params, state, trajectories, credit, summary
     )
@@ -373,6 +382,7 @@ def estimate_terms(
     trajectories: Trajectory,
     *,
     summary: Summary | None = None,
+    credit: Credit | None = None,
 ) -> Params:
     """Each trajectory's term of the estimate; the mean over the batch is the gradient.
 
@@ -382,6 +392,7 @@ def estimate_terms(
         state: what its baseline has learned.
         trajectories: single trajectories, one per row.
         summary: of the whole batch; None where these rows are the whole batch.
+        credit: of these rows, where it is known already.
 
     Returns:
         A tree like `params` with B in front.
@@ -392,19 +403,23 @@ def estimate_terms(
     Bias: that of the credit and the baseline.
     """
     check_single_episodes(trajectories)
+    if credit is None:
+        credit = estimate_credit(estimator, params, trajectories)
     if estimator.is_per_parameter:
         if summary is None:
             check_enough(estimator.min_trajectories, trajectories)
-            summary = summarize_batch(estimator, params, trajectories)
+            summary = summarize_batch(estimator, params, trajectories, credit=credit)
         return per_parameter_terms(
             estimator.log_prob_fn,
             params,
             trajectories,
-            estimate_credit(estimator, params, trajectories),
+            credit,
             summary,
             leave_one_out=not estimator.config.baseline.endswith("-plain"),
         )
-    weights = estimate_weights(estimator, params, state, trajectories, summary=summary)
+    weights = estimate_weights(
+        estimator, params, state, trajectories, summary=summary, credit=credit
+    )
     return trajectory_gradients(estimator.log_prob_fn, params, trajectories, weights)
 
 
@@ -414,6 +429,7 @@ def estimate_gradient(
     state: PyTree,
     trajectories: Trajectory,
     *,
+    credit: Credit | None = None,
     num_trajectories: int | Array | None = None,
     chunks: Chunks = ALL_AT_ONCE,
     sum_over_rows: SumOverRows = sum_over_chunks,
@@ -425,6 +441,7 @@ def estimate_gradient(
         params: where the gradient is taken.
         state: what its baseline has learned; () for those that learn nothing.
         trajectories: the whole batch; single trajectories where it needs scores.
+        credit: of its decisions, where it is known already.
         num_trajectories: N; None counts the episodes that start in the batch.
         chunks: how many decisions the gradient works on together.
         sum_over_rows: how the gradient's sum over rows is taken.
@@ -442,13 +459,13 @@ def estimate_gradient(
         jnp.sum(trajectories.starts) if num_trajectories is None else num_trajectories
     )
     if estimator.is_per_parameter:
-        terms = estimate_terms(estimator, params, state, trajectories)
+        terms = estimate_terms(estimator, params, state, trajectories, credit=credit)
         return jax.tree.map(lambda x: jnp.sum(x, axis=0) / count.astype(x.dtype), terms)
     return score_gradient(
         estimator.log_prob_fn,
         params,
         trajectories,
-        estimate_weights(estimator, params, state, trajectories),
+        estimate_weights(estimator, params, state, trajectories, credit=credit),
         num_trajectories=count,
         chunks=chunks._replace(cut_rows=estimator.cut_rows),
         sum_over_rows=sum_over_rows,

@@ -32,6 +32,8 @@ from jaxpg.gradients import (
     Chunks,
     LogProbFn,
     SumOverRows,
+    map_over_chunks,
+    score_gradient,
     score_gradients,
     sum_over_chunks,
 )
@@ -42,6 +44,7 @@ from jaxpg.linear_systems import (
     conjugate_gradient,
     inner_product,
 )
+from jaxpg.returns import episode_returns, step_discounts
 from jaxpg.types import Params, Trajectory
 
 __all__ = ["Unroll", "episodic_natural_gradient", "fisher_vector_product"]
@@ -214,13 +217,13 @@ def episodic_natural_gradient(
     log_prob_fn: LogProbFn,
     params: Params,
     rows: Trajectory,
-    returns: Float[Array, "B"],
+    returns: Float[Array, "B"] | Float[Array, "B T"],
     *,
     damping: float | Array = 0.0,
     num_iterations: int = 10,
     tolerance: float = 1e-10,
     decision_weights: Float[Array, "B T"] | None = None,
-    chances: Float[Array, "B"] | None = None,
+    chances: Float[Array, "B"] | Float[Array, "B T"] | None = None,
     chunks: Chunks = ALL_AT_ONCE,
     sum_over_rows: SumOverRows = sum_over_chunks,
 ) -> ConjugateGradientResult:
@@ -236,17 +239,18 @@ def episodic_natural_gradient(
     Args:
         log_prob_fn: log-probability of each decision of one row, [T], in nats.
         params: where the policy stands.
-        rows: one whole episode per row, of the policy's own.
-        returns: of each episode, discounted already.
+        rows: whole episodes of the policy's own, one per row or packed.
+        returns: of each row's one episode, discounted already; for packed rows of the
+            episode that each decision belongs to, [B, T].
         damping: what is added to the diagonal of Cov(phi), at least 0; above 0 unless
             there are many more episodes than parameters.
         num_iterations: the most steps of conjugate gradients.
         tolerance: as in `conjugate_gradient`.
         decision_weights: discount^t for Peters and Schaal's compatible features of a
             discounted problem; 1 unless given.
-        chances: how much each row counts, at least 0 and in any unit; all the same
-            unless given.
-        chunks: how many decisions are worked on together; rows are not cut.
+        chances: how much each episode counts, at least 0 and in any unit, where the
+            returns stand; all the same unless given.
+        chunks: how many decisions are worked on together.
         sum_over_rows: how sums over rows are taken.
 
     Returns:
@@ -270,32 +274,31 @@ def episodic_natural_gradient(
     3.0
     """
     check_range("damping", damping, 0.0)
-    check_rank("returns", returns, 1, "(B,) = one return per row")
     weights = _feature_weights(rows.mask, returns, decision_weights)
-    shares = _shares(returns, chances)
-    centred = returns - jnp.sum(shares * returns)
+    packed = returns.ndim == 2
+    shares = _shares(returns, chances, rows.starts)
+    if not packed:
+        returns, shares = returns[:, None], shares[:, None]
+    counted = rows.starts if packed else jnp.ones_like(shares, bool)
+    centred = returns - jnp.sum(shares * returns, where=counted)
     mean, target = _features_and_target(
         log_prob_fn, params, rows, weights, shares, centred, chunks, sum_over_rows
     )
 
-    def product_of_chunk(shared: tuple[Params, Params], chunk: Any) -> Params:
-        chunk_rows, chunk_weights, chunk_shares = chunk
-
-        def totals(params: Params) -> Array:
-            log_probs = over_rows(log_prob_fn, params, chunk_rows)
-            counted = jnp.where(chunk_weights != 0.0, log_probs, 0.0)
-            return jnp.sum(chunk_weights * counted, axis=1)
-
-        _, push = jax.linearize(totals, shared[0])
-        pull = jax.linear_transpose(push, shared[0])
-        return pull(chunk_shares * push(shared[1]))[0]
+    def product_of_rows(shared: tuple[Params, Params], table: Any) -> Params:
+        total = _episode_totals if packed else _row_totals
+        rows, weights, shares = table
+        return _squared_features(
+            log_prob_fn, total, *shared, rows, weights, shares, chunks
+        )
 
     def covariance(vector: Params) -> Params:
-        table = (rows, weights, shares)
-        # A row's features need the whole row.
-        whole = chunks._replace(cut_rows=False)
         squares = sum_over_rows(
-            product_of_chunk, (params, vector), table, weights != 0.0, whole
+            product_of_rows,
+            (params, vector),
+            (rows, weights, shares),
+            weights != 0.0,
+            ALL_AT_ONCE,  # of each device: the product cuts them itself, twice
         )
         centred = add_scaled(squares, -inner_product(mean, vector), mean)
         return add_scaled(centred, jnp.asarray(damping, float), vector)
@@ -303,6 +306,52 @@ def episodic_natural_gradient(
     return conjugate_gradient(
         covariance, target, num_iterations=num_iterations, tolerance=tolerance
     )
+
+
+def _squared_features(
+    log_prob_fn: LogProbFn,
+    total: Callable[[Trajectory, Array], Array],
+    params: Params,
+    vector: Params,
+    rows: Trajectory,
+    weights: Array,
+    shares: Array,
+    chunks: Chunks,
+) -> Params:
+    """sum_i shares[i] phi[i] (phi[i] . vector), in two passes over the decisions.
+
+    A feature needs its whole episode, and rows of whole episodes are mostly empty slots
+    where lengths differ. Each pass may cut them: along the vector, then back with sums.
+    """
+
+    def along(shared: tuple[Params, Params], chunk: Any) -> Array:
+        params, vector = shared
+        chunk_rows, chunk_weights = chunk
+
+        def log_probs(params: Params) -> Array:
+            return over_rows(log_prob_fn, params, chunk_rows)
+
+        moved = jax.jvp(log_probs, (params,), (vector,))[1]
+        return jnp.where(chunk_weights != 0.0, chunk_weights * moved, 0.0)
+
+    active = weights != 0.0
+    table = (rows, weights)
+    moved = map_over_chunks(along, (params, vector), table, active, chunks)
+    back = weights * shares * total(rows, moved)
+    return score_gradient(
+        log_prob_fn, params, rows, back, num_trajectories=1, chunks=chunks
+    )
+
+
+def _row_totals(rows: Trajectory, values: Array) -> Array:
+    del rows
+    return jnp.sum(values, axis=1, keepdims=True)
+
+
+def _episode_totals(rows: Trajectory, values: Array) -> Array:
+    """The sum over each decision's whole episode, [B, T]."""
+    continues = jax.vmap(step_discounts, (0, 0, None))(rows.ends, rows.mask, 1.0)
+    return jax.vmap(episode_returns)(values, continues, rows.time)
 
 
 def _features_and_target(
@@ -316,12 +365,12 @@ def _features_and_target(
     sum_over_rows: SumOverRows,
 ) -> tuple[Params, Params]:
     """The mean of phi, and the covariance of phi with the returns, in one pass."""
-    by_row = shares[:, None] * weights
+    by_row = shares * weights
     both = score_gradients(
         log_prob_fn,
         params,
         rows,
-        jnp.stack([by_row, centred[:, None] * by_row]),
+        jnp.stack([by_row, centred * by_row]),
         num_trajectories=1,
         chunks=chunks,
         sum_over_rows=sum_over_rows,
@@ -332,21 +381,23 @@ def _features_and_target(
 def _feature_weights(
     mask: Array, returns: Array, decision_weights: Array | None
 ) -> Array:
-    """The weight of each decision in its row's features, [B, T]; 0 in empty slots."""
+    """The weight of each decision in its episode's features; 0 in empty slots."""
     given = mask if decision_weights is None else decision_weights
-    if given.shape != mask.shape or returns.shape != mask.shape[:1]:
+    fits = returns.shape in (mask.shape, mask.shape[:1])
+    if given.shape != mask.shape or not fits:
         raise ValueError(
             f"returns have shape {returns.shape} and decision_weights {given.shape}, "
-            f"need (B,) and (B, T) with the rows' own {mask.shape}"
+            f"need (B,) or, packed, (B, T), and (B, T) with the rows' own {mask.shape}"
         )
     return jax.lax.stop_gradient(jnp.where(mask, given.astype(returns.dtype), 0.0))
 
 
-def _shares(returns: Array, chances: Array | None) -> Array:
-    """What each row counts, [B]; they sum to one."""
+def _shares(returns: Array, chances: Array | None, starts: Array) -> Array:
+    """What each episode counts, where its return stands; they sum to one."""
     chances = jnp.ones_like(returns) if chances is None else chances
     if chances.shape != returns.shape:
         raise ValueError(
-            f"chances have shape {chances.shape}, need {returns.shape} = one per row"
+            f"chances have shape {chances.shape}, need {returns.shape} = one per return"
         )
-    return (chances / jnp.sum(chances)).astype(returns.dtype)
+    each = jnp.where(starts, chances, 0.0) if chances.ndim == 2 else chances
+    return (chances / jnp.sum(each)).astype(returns.dtype)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from jaxpg._batching import anywhere, over_rows
+from jaxpg._batching import anywhere, over_rows, vmap_rows
 from jaxpg._checks import check_positive, check_rank
 from jaxpg.types import Params, PyTree
 
@@ -37,6 +37,7 @@ __all__ = [
     "MapRows",
     "SumOverRows",
     "check_rows",
+    "map_over_chunks",
     "map_plainly",
     "score_gradient",
     "score_gradients",
@@ -150,19 +151,59 @@ def sum_over_chunks(
     """
     if chunks.cut_rows:
         fn = _on_one_row(fn)
-    size = chunks.number
-    if size is None:
+    grid = _grid(active, chunks)
+    if grid is None:
         return fn(shared, rows)
-    check_positive("chunk size", size)
-    num_rows, length = active.shape
-    num_steps = min(PIECE, size, length) if chunks.cut_rows else length
-    per_chunk = min(max(1, size // num_steps), num_rows)
     sums = [
-        _sum_over_grid(fn, shared, rows, active, some_rows, some_steps)
-        for some_rows in _blocks(num_rows, per_chunk)
-        for some_steps in _blocks(length, num_steps)
+        _sum_over_grid(fn, shared, rows, active, *part)
+        for parts in grid
+        for part in parts
     ]
     return jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *sums)
+
+
+def map_over_chunks(
+    fn: Callable[[Any, PyTree], Any],
+    shared: Any,
+    rows: PyTree,
+    active: Bool[Array, "B T"],
+    chunks: Chunks = ALL_AT_ONCE,
+) -> Any:
+    """`fn(shared, chunk)` of every chunk of rows, put together: one number a decision.
+
+    Args:
+        fn: maps what is shared and a chunk of rows to a tree of numbers, one for each
+            of the chunk's decisions.
+        shared: what every chunk needs, for example parameters.
+        rows: a tree whose leaves have B in front, and T behind it if rows may be cut.
+        active: whether a decision's number is asked for.
+        chunks: how to cut.
+
+    Returns:
+        A tree of [B, T]; 0 in chunks with nothing active, which are skipped.
+
+    Raises:
+        ValueError: if the chunk size is not a positive whole number.
+
+    >>> rows, active = jnp.arange(6.0).reshape(3, 2), jnp.ones((3, 2), bool)
+    >>> double = lambda scale, x: scale * x
+    >>> map_over_chunks(double, 2.0, rows, active, Chunks(size=2)).tolist()
+    [[0.0, 2.0], [4.0, 6.0], [8.0, 10.0]]
+    """
+    if chunks.cut_rows:
+        fn = _of_one_row(fn)
+    grid = _grid(active, chunks)
+    if grid is None:
+        return fn(shared, rows)
+    by_rows = [
+        _beside([_map_over_grid(fn, shared, rows, active, *part) for part in parts], 1)
+        for parts in grid
+    ]
+    return _beside(by_rows, 0)
+
+
+def _beside(parts: list[Any], axis: int) -> Any:
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=axis), *parts)
 
 
 def _on_one_row(fn: Callable[[Any, PyTree], Any]) -> Callable[[Any, PyTree], Any]:
@@ -180,6 +221,17 @@ def _on_one_row(fn: Callable[[Any, PyTree], Any]) -> Callable[[Any, PyTree], Any
     return on_one_row
 
 
+def _of_one_row(fn: Callable[[Any, PyTree], Any]) -> Callable[[Any, PyTree], Any]:
+    """`_on_one_row`, with its numbers back in the rows that they came from."""
+
+    def of_one_row(shared: Any, rows: PyTree) -> Any:
+        num_rows, length = jax.tree.leaves(rows)[0].shape[:2]
+        found = _on_one_row(fn)(shared, rows)
+        return jax.tree.map(lambda x: x.reshape(num_rows, length), found)
+
+    return of_one_row
+
+
 class Blocks(NamedTuple):
     """`number` blocks of `size` indices each, the first from `start` on."""
 
@@ -195,6 +247,21 @@ def _blocks(whole: int, size: int) -> list[Blocks]:
     return blocks if rest == 0 else [*blocks, Blocks(count * size, rest, 1)]
 
 
+def _grid(active: Array, chunks: Chunks) -> list[list[tuple[Blocks, Blocks]]] | None:
+    """Blocks of rows, each with all blocks of steps; None where nothing is cut."""
+    size = chunks.number
+    if size is None:
+        return None
+    check_positive("chunk size", size)
+    num_rows, length = active.shape
+    num_steps = min(PIECE, size, length) if chunks.cut_rows else length
+    per_chunk = min(max(1, size // num_steps), num_rows)
+    return [
+        [(some_rows, some_steps) for some_steps in _blocks(length, num_steps)]
+        for some_rows in _blocks(num_rows, per_chunk)
+    ]
+
+
 def _sum_over_grid(
     fn: Callable[[Any, PyTree], Any],
     shared: Any,
@@ -204,15 +271,7 @@ def _sum_over_grid(
     some_steps: Blocks,
 ) -> Any:
     """Sum over a grid of equal chunks, each cut out only when its turn comes."""
-
-    def cut(x: Array, index: Array) -> Array:
-        later, place = jnp.divmod(index, some_rows.number)
-        first = some_rows.start + place * some_rows.size
-        x = jax.lax.dynamic_slice_in_dim(x, first, some_rows.size)
-        if some_steps.size == active.shape[1]:
-            return x  # whole rows: a leaf need not have T
-        first = some_steps.start + later * some_steps.size
-        return jax.lax.dynamic_slice_in_dim(x, first, some_steps.size, axis=1)
+    cut = _cutter(some_rows, some_steps, active.shape[1])
 
     def of_chunk(index: Array) -> Any:
         return fn(shared, jax.tree.map(lambda x: cut(x, index), rows))
@@ -227,6 +286,51 @@ def _sum_over_grid(
     indices = jnp.arange(some_rows.number * some_steps.number, dtype=jnp.int32)
     zeros = optax.tree.zeros_like(jax.eval_shape(of_chunk, indices[0]))
     return jax.lax.scan(visit, zeros, indices)[0]
+
+
+def _map_over_grid(
+    fn: Callable[[Any, PyTree], Any],
+    shared: Any,
+    rows: PyTree,
+    active: Bool[Array, "B T"],
+    some_rows: Blocks,
+    some_steps: Blocks,
+) -> Any:
+    """`fn` of each chunk of a grid, its numbers where the grid has its decisions."""
+    cut = _cutter(some_rows, some_steps, active.shape[1])
+
+    def of_chunk(index: Array) -> Any:
+        return fn(shared, jax.tree.map(lambda x: cut(x, index), rows))
+
+    def visit(_: None, index: Array) -> tuple[None, Any]:
+        zeros = optax.tree.zeros_like(jax.eval_shape(of_chunk, index))
+        needed = anywhere(cut(active, index))
+        return None, jax.lax.cond(needed, lambda: of_chunk(index), lambda: zeros)
+
+    def spread(x: Array) -> Array:
+        x = x.reshape(some_steps.number, some_rows.number, *x.shape[1:])
+        x = jnp.transpose(x, (1, 2, 0, 3))
+        return x.reshape(some_rows.number * some_rows.size, -1)
+
+    indices = jnp.arange(some_rows.number * some_steps.number, dtype=jnp.int32)
+    return jax.tree.map(spread, jax.lax.scan(visit, None, indices)[1])
+
+
+def _cutter(
+    some_rows: Blocks, some_steps: Blocks, length: int
+) -> Callable[[Array, Array], Array]:
+    """`cut(x, index)`: a chunk of [B, T, ...]; the rows' place runs fastest."""
+
+    def cut(x: Array, index: Array) -> Array:
+        later, place = jnp.divmod(index, some_rows.number)
+        first = some_rows.start + place * some_rows.size
+        x = jax.lax.dynamic_slice_in_dim(x, first, some_rows.size)
+        if some_steps.size == length:
+            return x  # whole rows: a leaf need not have T
+        first = some_steps.start + later * some_steps.size
+        return jax.lax.dynamic_slice_in_dim(x, first, some_steps.size, axis=1)
+
+    return cut
 
 
 def score_gradient(
@@ -368,7 +472,7 @@ def trajectory_gradients(
         return jnp.sum(weigh(row_weights, log_prob_fn(params, row)))
 
     weights = jax.lax.stop_gradient(weights)
-    return jax.vmap(jax.grad(surrogate), (None, 0, 0))(params, rows, weights)
+    return vmap_rows(jax.grad(surrogate), (None, 0, 0))(params, rows, weights)
 
 
 def weigh(

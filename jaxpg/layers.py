@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxpg._batching import rows_are_vmapped
 from jaxpg._checks import check_choice, check_positive
 from jaxpg.types import Params, PRNGKey, PyTree
 
@@ -98,7 +99,8 @@ def perceive_many(
 
     Args:
         perceptron: from `mlp`.
-        inputs: many rows of features; a few are left as they are.
+        inputs: many rows of features; a few are left as they are, and so are those of
+            rows side by side, where products of many rows cost more this way.
 
     Returns:
         What the perceptron says of each.
@@ -111,7 +113,7 @@ def perceive_many(
     """
     from flax import nnx
 
-    if len(inputs) < FEW:
+    if len(inputs) < FEW or rows_are_vmapped():
         return perceptron(inputs)
     features = inputs.T
     for layer in perceptron.layers:

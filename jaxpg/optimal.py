@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from jaxpg._batching import vmap_rows
 from jaxpg._checks import check_choice, check_positive, check_range
 from jaxpg.baselines import Baseline, level_by_time, stateless
 from jaxpg.credit import Credit, mean_credit
@@ -133,7 +134,7 @@ def optimal_time_dependent_baseline(
                 credited = _scores_along_credit(log_prob_fn, params, row, own.value)
             return Credit(own.reach * credited, own.reach**2 * norms)
 
-        return jax.vmap(of_row)(trajectories, with_squares(credit))
+        return vmap_rows(of_row, (0, 0))(trajectories, with_squares(credit))
 
     def summarize(params: Params, trajectories: Trajectory, credit: Credit) -> Credit:
         own = projections(params, trajectories, credit)

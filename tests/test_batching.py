@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpg._batching import anywhere, over_rows
+from jaxpg._batching import anywhere, over_rows, rows_are_vmapped, vmap_rows
 
 FLAGS = jnp.array([[False, False, True], [False, False, False]])
 
@@ -150,3 +150,28 @@ def test_one_row_is_seen_without_an_axis():
 
     assert dots(1) == [(3, 5)]
     assert dots(2) != [(3, 5)]
+
+
+def test_what_is_traced_is_told_of_vmapped_rows():
+    told: list[bool] = []
+
+    def fn(scale, row):
+        told.append(rows_are_vmapped())
+        return scale * row
+
+    rows = jnp.arange(6.0).reshape(3, 2)
+    np.testing.assert_array_equal(vmap_rows(fn, (None, 0))(2.0, rows), 2.0 * rows)
+    over_rows(fn, 2.0, rows)
+    assert told == [True, True]
+    over_rows(fn, 2.0, rows[:1])
+    fn(2.0, rows)
+    assert told[2:] == [False, False], "one long row"
+
+
+def test_it_is_forgotten_where_tracing_fails():
+    def fail(row):
+        raise RuntimeError(row.shape)
+
+    with pytest.raises(RuntimeError):
+        vmap_rows(fail, (0,))(jnp.ones((2, 2)))
+    assert not rows_are_vmapped()

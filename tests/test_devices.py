@@ -5,8 +5,8 @@ must be exchanged, as one vector each, and sums for statistics. Nothing whose si
 with the batch may be: no row ever moves to another device.
 """
 
-import math
-import re
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,30 +16,16 @@ from jaxpg.algos.registry import RECIPES
 from jaxpg.train.config import PolicyConfig, TrainConfig
 from jaxpg.train.run import create_run, initial_state
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from exchanges import exchanges
+
 SEGMENTS = ("ppo", "trpo", "a2c", "vtrace")
 NUM_ENVS, NUM_STEPS, HIDDEN = 16, 8, 3
 MAX_STEPS = 40  # some episodes end before, so that returns differ
 NUM_PARAMS = (4 * HIDDEN + HIDDEN) + (2 * HIDDEN + 2)
 NUM_CRITIC_PARAMS = (4 * HIDDEN + HIDDEN) + (HIDDEN + 1)
 BOTH = NUM_PARAMS + NUM_CRITIC_PARAMS
-
-INSTRUCTION = re.compile(
-    r"= (?P<shape>.+?) (?P<name>all-reduce|all-gather|all-to-all|collective-permute|"
-    r"reduce-scatter)(?:-start)?\("
-)
-ARRAY = re.compile(r"(?:f64|f32|s64|s32|u32|pred)\[([\d,]*)\]")
-
-
-def exchanges(text):
-    """(name, sizes of the arrays) of every exchange in a program."""
-    found = []
-    for line in text.splitlines():
-        match = INSTRUCTION.search(line)
-        if match:
-            arrays = ARRAY.findall(match["shape"])
-            sizes = [math.prod(int(n) for n in x.split(",") if n) for x in arrays]
-            found.append((match["name"], sizes))
-    return found
 
 
 def train(name, num_devices, count, folder):
@@ -86,8 +72,8 @@ def test_twenty_updates_are_one_devices_and_no_row_is_exchanged(
     name, tmp_path, float64
 ):
     talk = assert_the_same(name, 20, 1e-8, tmp_path)
-    assert {kind for kind, _ in talk} == {"all-reduce"}
-    largest = max(size for _, sizes in talk for size in sizes)
+    assert {x.kind for x in talk} == {"all-reduce"}
+    largest = max(size for x in talk for size in x.sizes)
     # Gradients with their sums, or for every decision time a sum in eight folds.
     assert NUM_PARAMS <= largest <= max(BOTH + 8, 8 * MAX_STEPS)
     assert largest < NUM_ENVS * (NUM_STEPS if name in SEGMENTS else MAX_STEPS)
@@ -97,7 +83,10 @@ def test_twenty_updates_are_one_devices_and_no_row_is_exchanged(
 
 def assert_one_vector_a_step(talk):
     sums = ("kl", "clip_fraction", "entropy", "critic_loss", "count")
-    assert [s for _, s in talk if max(s) >= NUM_PARAMS] == [[BOTH + len(sums)]]
+    (gradient,) = (x for x in talk if max(x.sizes) >= NUM_PARAMS)
+    assert gradient.sizes == [BOTH + len(sums)]
+    assert gradient.num_bytes == 8 * gradient.sizes[0]
+    assert gradient.times == 16, "four epochs of four minibatches"
 
 
 def test_one_update_in_float32(tmp_path):

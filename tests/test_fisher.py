@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exact_batch import packed
 from jax.flatten_util import ravel_pytree
 
 from jaxpg import exact
@@ -481,7 +482,7 @@ def test_over_all_paths_the_regression_is_the_natural_gradient(
             num_iterations=30,
             tolerance=1e-24,
             chances=3.0 * chances,  # nor the unit of the chances
-            chunks=Chunks(2, cut_rows=True),  # of which whole rows are made
+            chunks=Chunks(2, cut_rows=True),  # whatever the cut
         )
     )(params)
     expected = exact.natural_gradient(mdp, policy, params, discount, damping)
@@ -532,6 +533,48 @@ def test_it_is_the_regression_that_it_says(float64):
         close(flat(solve(placement.sum_over_rows).solution), expected)
 
 
+@pytest.mark.parametrize(
+    "chunks", [Chunks(), Chunks(3), Chunks(3, cut_rows=True)], ids=str
+)
+def test_packed_episodes_are_rows_of_their_own(chunks, float64):
+    mdp, policy, params = tabular(canonical_mdp)
+    rows, chances, returns = all_paths(mdp, policy, params, 1.0)
+    some = slice(0, len(returns) // 3 * 3)
+    rows, chances, returns = jax.tree.map(lambda x: x[some], (rows, chances, returns))
+    weights = 0.8 ** rows.time.astype(float)
+    assert not rows.mask.all(), "lengths differ, or packing moves nothing"
+
+    def solve(rows, returns, chances, weights):
+        return quick(
+            lambda: episodic_natural_gradient(
+                log_prob_fn(policy),
+                params,
+                rows,
+                returns,
+                damping=0.1,
+                num_iterations=30,
+                tolerance=1e-24,
+                decision_weights=weights,
+                chances=chances,
+                chunks=chunks,
+            )
+        )()
+
+    alone = solve(rows, returns, chances, weights)
+    everywhere = [
+        jnp.broadcast_to(x[:, None], rows.mask.shape) for x in (returns, chances)
+    ]
+    fields = rows._replace(reward=everywhere[0], log_prob=everywhere[1])
+    shared = packed(fields, 3)
+    together = solve(
+        packed(rows, 3),
+        shared.reward,
+        shared.log_prob,
+        0.8 ** shared.time.astype(float),
+    )
+    close(flat(together.solution), flat(alone.solution))
+
+
 def test_rows_that_do_not_count_may_be_anything(float64):
     mdp, policy, params = tabular(canonical_mdp)
     rows, chances, returns = all_paths(mdp, policy, params, 1.0)
@@ -572,11 +615,13 @@ def test_bad_arguments_of_the_regression_are_refused():
     solve = functools.partial(call, log_prob_fn(policy), params, rows)
     with pytest.raises(ValueError, match=r"damping is -1\.0, needs a number in"):
         solve(returns, damping=-1.0)
-    with pytest.raises(ValueError, match=r"returns have shape .*need \(B,\) and"):
+    with pytest.raises(ValueError, match=r"returns have shape .*need \(B,\) or"):
         solve(returns[1:])
     with pytest.raises(ValueError, match=r"decision_weights \(\d+, 2\), need \(B,\)"):
         solve(returns, decision_weights=jnp.ones((len(returns), 2)))
-    with pytest.raises(ValueError, match=r"chances have shape .*need .* = one per row"):
+    with pytest.raises(
+        ValueError, match=r"chances have shape .*need .* = one per return"
+    ):
         solve(returns, chances=chances[1:])
     with pytest.raises(ValueError, match="num_iterations is 0"):
         solve(returns, num_iterations=0)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from jaxpg._batching import rows_are_vmapped
 from jaxpg.distributions import Categorical
 from jaxpg.envs import Box, Discrete
 from jaxpg.gradients import (
     Chunks,
+    map_over_chunks,
     score_gradient,
     sum_over_chunks,
     trajectory_gradients,
@@ -99,6 +101,22 @@ def test_mean_of_trajectory_gradients_is_the_score_gradient():
     assert all(x.shape[0] == B for x in jax.tree.leaves(each))
     mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), each)
     assert_trees_close(mean, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_trajectories_stand_side_by_side_and_chunks_are_one_row():
+    """Networks lay out their activations by it."""
+    fn, params, rows, weights = mlp_batch()
+    told: list[bool] = []
+
+    def watched(params, row):
+        told.append(rows_are_vmapped())
+        return fn(params, row)
+
+    trajectory_gradients(watched, params, rows, weights)
+    assert set(told) == {True}
+    told.clear()
+    score_gradient(watched, params, rows, weights, chunks=Chunks(5, cut_rows=True))
+    assert set(told) == {False}
 
 
 def test_float32_trajectory_gradients_against_float64_entry_by_entry():
@@ -312,6 +330,56 @@ def test_a_chunk_that_would_be_nan_is_never_computed():
     expected = np.nansum(weights * x) / B
     np.testing.assert_allclose(chunked, expected, rtol=1e-5)
     assert np.isnan(whole), "so that the test above can fail"
+
+
+@pytest.mark.parametrize("cut_rows", [False, True])
+@pytest.mark.parametrize("size", [None, 1, 15, 17, 32, 33, 64])
+def test_mapped_chunks_put_every_number_in_its_place(size, cut_rows):
+    """Three rows of 19: pieces of at most 16 leave a rest in both directions."""
+    worth = jax.random.normal(jax.random.key(0), (3, 19))
+    found = quick(
+        lambda: map_over_chunks(
+            lambda scale, chunk: {"own": scale * chunk, "large": chunk > 0.0},
+            2.0,
+            worth,
+            worth > -9.0,
+            Chunks(size, cut_rows),
+        )
+    )()
+    np.testing.assert_array_equal(found["own"], 2.0 * worth)
+    np.testing.assert_array_equal(found["large"], worth > 0.0)
+
+
+@pytest.mark.parametrize("cut_rows", [False, True])
+def test_mapped_chunks_without_anything_active_are_skipped(cut_rows):
+    active = jnp.zeros((B, T), bool).at[1, 2].set(True)
+    visited: list[int] = []
+
+    def watch(_, chunk):
+        jax.debug.callback(lambda x: visited.extend(map(int, x.reshape(-1))), chunk)
+        return chunk
+
+    numbers = jnp.arange(B * T).reshape(B, T)
+    found = map_over_chunks(watch, None, numbers, active, Chunks(T, cut_rows))
+    jax.effects_barrier()
+    assert sorted(visited) == list(range(T, 2 * T)), "the second row alone"
+    np.testing.assert_array_equal(found, jnp.where(numbers // T == 1, numbers, 0))
+
+
+def test_mapped_over_seeds_it_equals_separate_calls():
+    numbers = jnp.arange(2.0 * B * T).reshape(2, B, T)
+    active = jnp.zeros((2, B, T), bool).at[0, 1].set(True).at[1, 3].set(True)
+
+    def double(rows, active):
+        chunks = Chunks(4, cut_rows=True)
+        return map_over_chunks(lambda two, x: two * x, 2.0, rows, active, chunks)
+
+    together = jax.vmap(double)(numbers, active)
+    for i in range(2):
+        alone = double(numbers[i], active[i])
+        counted = np.asarray(active[i])
+        np.testing.assert_array_equal(together[i][counted], alone[counted])
+        np.testing.assert_array_equal(alone[counted], 2.0 * numbers[i][counted])
 
 
 def test_sums_keep_the_tree_and_the_dtypes():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxpg._batching import vmap_rows
 from jaxpg.envs import Box, Discrete, Masked, MaskedObs, MultiBinary, MultiDiscrete
 from jaxpg.layers import FEW, gru, mlp, patches, perceive_many
 from jaxpg.networks import (
@@ -133,6 +134,13 @@ def test_many_are_kept_last_in_memory():
         jax.make_jaxpr(lambda x: perceive_many(perceptron, x))(jnp.ones((FEW, 3)))
     )
     assert f"f32[5,{FEW}] = tanh" in text and f"[{FEW},5]" not in text
+
+
+def test_rows_side_by_side_are_not_turned_over():
+    perceptron = mlp(3, (5,), 2, rngs=nnx.Rngs(0))
+    way = vmap_rows(lambda x: perceive_many(perceptron, x), (0,))
+    text = str(jax.make_jaxpr(way)(jnp.ones((2, FEW, 3))))
+    assert f"f32[2,{FEW},5] = tanh" in text and f",5,{FEW}]" not in text
 
 
 def test_every_parameter_has_a_gradient(case):

@@ -15,6 +15,7 @@ from jaxpg.algos.base import make_task
 from jaxpg.algos.behaviour import Behaviour
 from jaxpg.algos.off_policy import OffPolicyConfig, off_policy
 from jaxpg.algos.reinforce import ReinforceConfig, reinforce
+from jaxpg.envs import make as make_env
 from jaxpg.policies import mlp_policy
 from jaxpg.rollout import rollout_episodes
 
@@ -155,6 +156,45 @@ def test_the_expected_gradient_from_somebody_elses_episodes(ratio, limit):
     if limit != "exact":
         assert np.linalg.norm(found - flat(gradient)) > 1e-2
     assert 0.1 < info["ess"] < 0.99
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ratio": "causal", "keep_leading_discount": True, "discount": 0.9},
+        {"baseline": "per-parameter"},
+        {"baseline": "optimal-time"},
+    ],
+)
+def test_neither_chunks_nor_packing_change_it(settings):
+    config = change(BASE, num_epochs=3, **settings)
+    whole, info = updater(config)(first_state(config), rows_of())
+    cut = change(config, chunk_size=3)
+    found, cut_info = updater(cut)(first_state(cut), packed(rows_of(), 2))
+    np.testing.assert_allclose(flat(found.params), flat(whole.params), rtol=1e-9)
+    np.testing.assert_allclose(cut_info["ess"], info["ess"], rtol=1e-9)
+    assert info["steps_made"] == 3 and info["ess"] < 0.999
+
+
+def test_memory_does_not_grow_with_the_empty_room():
+    """Decisions are weighed in chunks: activations of all slots never exist."""
+    env = make_env("CartPole-v1", max_steps=20)
+    policy = mlp_policy(env.observation_space, env.action_space, hidden=(64,))
+    algorithm = off_policy(OffPolicyConfig(), make_task(env, policy))
+    state = algorithm.init(KEYS(), env.reset(KEYS())[1])
+
+    def working_bytes(num_envs):
+        rows = jax.eval_shape(
+            lambda: rollout_episodes(
+                env, policy, state.params, KEYS(), jnp.arange(num_envs, dtype=jnp.int32)
+            )
+        )
+        lowered = jax.jit(algorithm.update).lower(KEYS(), state, rows)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    more = working_bytes(256) - working_bytes(64)
+    per_slot = more / (192 * 20)
+    assert per_slot < 64 * 8, "less than one layer's activations, in float64"
 
 
 # When it stops.

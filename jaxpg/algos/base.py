@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 from jaxpg._checks import check_positive, check_range
 from jaxpg.envs.base import Environment, Space
+from jaxpg.episodes import split_episodes
 from jaxpg.gradients import MapRows, SumOverRows, map_plainly, sum_over_chunks
 from jaxpg.networks import Network
 from jaxpg.policies import Policy
@@ -40,6 +41,7 @@ __all__ = [
     "make_optimizer",
     "make_task",
     "needed_max_steps",
+    "single_episodes",
 ]
 
 Info = dict[str, Array]
@@ -162,6 +164,27 @@ def make_task(env: Environment, policy: Policy, **changes: Any) -> Task:
         env_name=env.name,
     )
     return task._replace(**changes)
+
+
+def single_episodes(task: Task, trajectories: Trajectory, max_steps: int) -> Trajectory:
+    """One episode per row, each device splitting its own rows.
+
+    Args:
+        task: gives how rows are spread.
+        trajectories: rows of whole episodes, packed or not.
+        max_steps: the most decisions that an episode can take.
+
+    Returns:
+        Rows of at most `max_steps` slots; those of one episode stay as they are.
+    """
+    if trajectories.mask.shape[1] <= max_steps:
+        return trajectories
+
+    def split(_: Any, rows: Trajectory) -> Trajectory:
+        num_rows, length = rows.mask.shape
+        return split_episodes(rows, num_rows * (length // max_steps), max_steps)
+
+    return task.map_rows(split, (), trajectories)
 
 
 def ascend(

@@ -12,13 +12,14 @@ from jaxtyping import Array, Bool, Float
 
 from jaxpg._batching import over_rows
 from jaxpg.algos.base import Task
-from jaxpg.gradients import Chunks, ChunkSize
-from jaxpg.importance import MAX_LOG_WEIGHT
-from jaxpg.policies import Policy
+from jaxpg.gradients import Chunks, ChunkSize, map_over_chunks
+from jaxpg.importance import MAX_LOG_WEIGHT, log_ratios
+from jaxpg.policies import Policy, log_prob_fn
 from jaxpg.types import Params, PyTree, Trajectory
 
 __all__ = [
     "chunks_for",
+    "log_ratios_of",
     "count_non_finite",
     "count_non_finite_decisions",
     "explained_variance",
@@ -95,6 +96,39 @@ def mean_surrogate(
         return jnp.sum(jnp.where(rows.mask, rhos * advantages, 0.0))
 
     return _mean(task, of_chunk, params, (rows, advantages), rows, chunk_size)
+
+
+def log_ratios_of(
+    task: Task,
+    params: Params,
+    rows: Trajectory,
+    *,
+    chunk_size: ChunkSize = None,
+) -> Float[Array, "B T"]:
+    """log pi - log mu of every decision, mu's as recorded; 0 in empty slots.
+
+    Args:
+        task: gives the policy pi and how rows are spread.
+        params: of pi.
+        rows: decisions of mu, without `next_obs`, which would be cut in vain.
+        chunk_size: decisions that are worked on together.
+
+    Returns:
+        Log-ratios in nats, without derivative.
+    """
+    chunks = chunks_for(task.policy, chunk_size)
+
+    def of_row(params: Params, row: Trajectory) -> Array:
+        log_probs = log_prob_fn(task.policy)(params, row)
+        return log_ratios(log_probs, row.log_prob, row.mask)
+
+    def of_chunk(params: Params, rows: Trajectory) -> Array:
+        return over_rows(of_row, params, rows)
+
+    def of_rows(params: Params, rows: Trajectory) -> Array:
+        return map_over_chunks(of_chunk, params, rows, rows.mask, chunks)
+
+    return task.map_rows(of_rows, params, rows)
 
 
 def explained_variance(

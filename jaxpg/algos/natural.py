@@ -40,7 +40,6 @@ from jaxpg.algos.measures import (
 from jaxpg.algos.reinforce import reinforce_gradient
 from jaxpg.baselines import Baseline
 from jaxpg.credit import CreditConfig, CreditName, credit_of
-from jaxpg.episodes import split_episodes
 from jaxpg.estimators import BaselineName, EstimatorConfig, make_estimator
 from jaxpg.fisher import episodic_natural_gradient, fisher_vector_product
 from jaxpg.gradients import ChunkSize
@@ -227,7 +226,7 @@ def enac(config: ENACConfig, task: Task) -> Algorithm:
     Raises:
         ValueError: if episodes have no bound.
     """
-    max_steps = needed_max_steps(task)
+    needed_max_steps(task)
     optimizer = _step_size(config)
 
     def init(key: PRNGKey, obs: PyTree) -> AlgorithmState:
@@ -238,8 +237,7 @@ def enac(config: ENACConfig, task: Task) -> Algorithm:
         key: PRNGKey, state: AlgorithmState, trajectories: Trajectory
     ) -> tuple[AlgorithmState, Info]:
         del key  # the whole batch makes one regression: nothing is drawn
-        single = _single_episodes(task, trajectories, max_steps)
-        found = _regression(config, task, state.params, single)
+        found = _regression(config, task, state.params, trajectories)
         params, opt_state = ascend(
             optimizer,
             found.solution,
@@ -266,38 +264,21 @@ def enac(config: ENACConfig, task: Task) -> Algorithm:
     )
 
 
-def _single_episodes(
-    task: Task, trajectories: Trajectory, max_steps: int
-) -> Trajectory:
-    """One episode per row, each device splitting its own rows."""
-    if trajectories.mask.shape[1] <= max_steps:
-        return trajectories
-
-    def split(_: Any, rows: Trajectory) -> Trajectory:
-        num_rows, length = rows.mask.shape
-        return split_episodes(rows, num_rows * (length // max_steps), max_steps)
-
-    return task.map_rows(split, (), trajectories)
-
-
 def _regression(
     config: ENACConfig, task: Task, params: Params, rows: Trajectory
 ) -> Any:
-    """The weights of the regression of returns on scores, one episode per row."""
+    """The weights of the regression of the episodes' returns on their scores."""
     discounts = CreditConfig(credit="total-return", discount=config.discount)
-    returns = credit_of(rows, discounts).value[:, 0]
-    exists = rows.mask[:, 0].astype(returns.dtype)
     return episodic_natural_gradient(
         log_prob_fn(task.policy),
         params,
-        rows,
-        returns,
+        rows._replace(next_obs=None),
+        credit_of(rows, discounts).value,
         damping=config.damping,
         num_iterations=config.cg_iterations,
         decision_weights=jax.vmap(leading_discounts, (0, None))(
             rows.time, config.discount
         ),
-        chances=exists / jnp.maximum(jnp.sum(exists), 1.0),
         chunks=chunks_for(task.policy, config.chunk_size),
         sum_over_rows=task.sum_over_rows,
     )

@@ -30,21 +30,18 @@ from jaxpg.algos.base import (
     check_steps,
     make_optimizer,
     needed_max_steps,
+    single_episodes,
 )
 from jaxpg.algos.behaviour import Behaviour, Lagged, follow, start_lag
 from jaxpg.algos.measures import (
     count_non_finite,
     count_non_finite_decisions,
+    log_ratios_of,
     mean_kl,
 )
 from jaxpg.algos.reinforce import reinforce_gradient
-from jaxpg.credit import CreditConfig, CreditName, RatioName, credit_of
-from jaxpg.estimators import (
-    BaselineName,
-    EstimatorConfig,
-    estimate_credit,
-    make_estimator,
-)
+from jaxpg.credit import Credit, CreditConfig, CreditName, RatioName, credit_of
+from jaxpg.estimators import BaselineName, EstimatorConfig, make_estimator
 from jaxpg.gradients import ChunkSize
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
@@ -161,13 +158,6 @@ def off_policy(
         observation_space=task.observation_space,
         sum_over_rows=task.sum_over_rows,
     )
-    # What the samples are worth is a matter of ratios, not of discounts.
-    ratios_alone = dataclasses.replace(
-        estimator.config.credit, keep_leading_discount=False
-    )
-    weighing = estimator._replace(
-        config=dataclasses.replace(estimator.config, credit=ratios_alone)
-    )
     steps = None if task.num_updates is None else task.num_updates * config.num_epochs
     optimizer = make_optimizer(
         config.learning_rate,
@@ -185,7 +175,9 @@ def off_policy(
             start_lag(params),
         )
 
-    def step(carry: tuple, rows: Trajectory, baseline_state: PyTree) -> tuple:
+    def step(
+        carry: tuple, rows: Trajectory, credit: Credit, baseline_state: PyTree
+    ) -> tuple:
         params, opt_state = carry
         gradient = reinforce_gradient(
             estimator,
@@ -193,6 +185,7 @@ def off_policy(
             baseline_state,
             rows,
             max_steps,
+            credit=credit,
             chunk_size=config.chunk_size,
             sum_over_rows=task.sum_over_rows,
         )
@@ -206,15 +199,18 @@ def off_policy(
         key: PRNGKey, state: OffPolicyState, trajectories: Trajectory
     ) -> tuple[OffPolicyState, Info]:
         del key  # every step uses the whole batch: nothing is drawn
+        rows = trajectories._replace(next_obs=None)
+        if estimator.needs_scores:
+            rows = single_episodes(task, rows, max_steps)
 
         def turn(carry: tuple, _: None) -> tuple[tuple, Info]:
             going, *learned = carry
-            credit = estimate_credit(weighing, learned[0], trajectories)
-            ess = _ess_fraction(credit.reach, trajectories.mask)
+            credit, weights = _credit_and_weights(config, task, learned[0], rows)
+            ess = _ess_fraction(weights, rows.mask)
             going = going & (ess >= config.min_ess)
 
             def move() -> tuple:
-                return step(tuple(learned), trajectories, state.baseline_state)
+                return step(tuple(learned), rows, credit, state.baseline_state)
 
             def stay() -> tuple:
                 infos = jax.eval_shape(move)[1]
@@ -271,6 +267,19 @@ def off_policy(
         lambda state: state.behaviour.params if behaviour is None else behaviour.params,
         estimator.min_trajectories,
     )
+
+
+def _credit_and_weights(
+    config: OffPolicyConfig, task: Task, params: Params, rows: Trajectory
+) -> tuple[Credit, Array]:
+    """The credit of every decision, and what its sample is worth: ratios alone."""
+    log_rhos = log_ratios_of(task, params, rows, chunk_size=config.chunk_size)
+    whole = config.estimator.credit
+    credit = credit_of(rows, whole, log_rhos)
+    if not whole.keep_leading_discount:
+        return credit, credit.reach
+    ratios_alone = dataclasses.replace(whole, keep_leading_discount=False)
+    return credit, credit_of(rows, ratios_alone, log_rhos).reach
 
 
 def _ess_fraction(weights: Array, mask: Array) -> Array:

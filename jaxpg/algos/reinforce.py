@@ -32,7 +32,7 @@ from jaxpg.algos.measures import (
     mean_kl,
 )
 from jaxpg.baselines import Baseline
-from jaxpg.credit import CreditConfig, CreditName, credit_of
+from jaxpg.credit import Credit, CreditConfig, CreditName, credit_of
 from jaxpg.episodes import split_episodes
 from jaxpg.estimators import (
     BaselineName,
@@ -112,6 +112,7 @@ def reinforce_gradient(
     trajectories: Trajectory,
     max_steps: int,
     *,
+    credit: Credit | None = None,
     chunk_size: ChunkSize = None,
     sum_over_rows: SumOverRows = sum_over_chunks,
 ) -> Params:
@@ -123,6 +124,8 @@ def reinforce_gradient(
         baseline_state: the baseline's own.
         trajectories: rows of whole episodes, packed or not.
         max_steps: the most decisions that an episode can take.
+        credit: of the decisions, where it is known already; rows must be single
+            episodes then where the estimator needs scores.
         chunk_size: decisions that the gradient works on together; None for all.
         sum_over_rows: how the gradient's sum over rows is taken.
 
@@ -145,6 +148,7 @@ def reinforce_gradient(
         params,
         baseline_state,
         trajectories,
+        credit=credit,
         num_trajectories=count,
         chunks=Chunks(chunk_size),
         sum_over_rows=sum_over_rows,

@@ -34,6 +34,7 @@ from jaxpg.algos.measures import (
     count_non_finite,
     count_non_finite_decisions,
     explained_variance,
+    log_ratios_of,
 )
 from jaxpg.algos.segments import (
     acting_params,
@@ -51,8 +52,6 @@ from jaxpg.critics import (
     policy_rows,
 )
 from jaxpg.gradients import ChunkSize
-from jaxpg.importance import log_ratios
-from jaxpg.policies import log_prob_fn
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = ["VTraceConfig", "VTraceState", "vtrace"]
@@ -222,14 +221,7 @@ def _vtrace(
     row, values = valued(config, task, state.critic, rows)
     ours = policy_rows(needed_critic(task), rows)._replace(next_obs=None)
 
-    def ratios(params: Params, rows: Trajectory) -> Array:
-        def of_row(row: Trajectory) -> Array:
-            log_probs = log_prob_fn(task.policy)(params, row)
-            return log_ratios(log_probs, row.log_prob, row.mask)
-
-        return jax.vmap(of_row)(rows)
-
-    log_rhos = task.map_rows(ratios, state.params, ours)
+    log_rhos = log_ratios_of(task, state.params, ours, chunk_size=config.chunk_size)
 
     def of_row(row: Any, log_rhos: Array) -> VTrace:
         return vtrace_of_row(
