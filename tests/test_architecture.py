@@ -102,6 +102,7 @@ LAYERS = {
     "training": [
         "train.agreement",
         "train.lifeline",
+        "train.visits",
         "train.distributed",
         "train.sharding",
         "train.provenance",
@@ -143,6 +144,14 @@ LAYERS = {
         "study.batch_size",
         "study",
         "study.commands",
+    ],
+    "systems": [
+        "systems.base",
+        "systems.registry",
+        "systems.program",
+        "systems.runs",
+        "systems.training",
+        "systems",
     ],
     "doors": ["", "cli", "__main__"],
 }
