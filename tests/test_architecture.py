@@ -147,6 +147,7 @@ LAYERS = {
     ],
     "systems": [
         "systems.base",
+        "systems.digits",
         "systems.registry",
         "systems.program",
         "systems.runs",
@@ -157,7 +158,9 @@ LAYERS = {
 }
 ORDER = [file for files in LAYERS.values() for file in files]
 
-HEAVY = {"flax", "gymnasium", "gymnax", "matplotlib", "orbax", "rich", "tyro"}
+HEAVY = {
+    *("flax", "gymnasium", "gymnax", "matplotlib", "orbax", "rich", "sklearn", "tyro")
+}
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 
