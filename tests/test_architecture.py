@@ -148,6 +148,10 @@ LAYERS = {
     "systems": [
         "systems.base",
         "systems.digits",
+        "systems.canvases",
+        "systems.glimpses",
+        "systems.gaze_pictures",
+        "systems.hard_attention",
         "systems.registry",
         "systems.program",
         "systems.runs",

@@ -2,6 +2,9 @@
 
     base            System: init, update, evaluate, picture
     digits          handwritten digits, of scikit-learn or MNIST
+    canvases        digits at random places among clutter
+    glimpses        the sensor, and the recurrent attention model
+    hard_attention  the system, and the models beside it
     registry        systems by name
     program         what runs between two visits of the host
     runs            a run on disk

@@ -119,7 +119,7 @@ def fixed_canvases(
 
 
 def _paste_piece(key: PRNGKey, canvas: Array, source: Array, piece: int) -> Array:
-    """A square of a random image, at a random place; where both have ink, the darker."""
+    """A square of a random image, at a random place; the darker ink stays."""
     key_image, key_from, key_to = jax.random.split(key, 3)
     image = source[jax.random.randint(key_image, (), 0, len(source))]
     begin = _corner(key_from, tuple(n - piece for n in image.shape))

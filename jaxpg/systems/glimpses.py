@@ -20,15 +20,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxpg._checks import check_positive
+from jaxpg._checks import check_positive, check_range
 from jaxpg.distributions import DiagonalGaussian
-from jaxpg.layers import gru, mlp, split_module
+from jaxpg.layers import gru, mlp, patches, split_module
 from jaxpg.types import Params, PRNGKey
 
-__all__ = ["Choose", "Eye", "Gaze", "look", "make_eye"]
+__all__ = ["Choose", "Eye", "Gaze", "halved", "look", "make_eye"]
+
+CHANNELS = 16
+"""Filters of 3 x 3 that all squares are seen through."""
 
 Choose = Callable[[PRNGKey, DiagonalGaussian, Array], Array]
-"""`choose(key, distribution, baseline) -> place [2]`: how the next place comes about."""
+"""`choose(key, distribution, baseline) -> place [2]`: where to look next."""
 
 
 class Gaze(NamedTuple):
@@ -87,22 +90,40 @@ def look(
     return jnp.einsum("sgw,skw->sgk", rows @ canvas, columns)
 
 
+def halved(x: Float[Array, "*B H W C"]) -> Float[Array, "*B H//2 W//2 C"]:
+    """What is above 0, and of each 2 x 2 the largest.
+
+    Args:
+        x: features of a convolution.
+
+    Returns:
+        Half as many rows and columns; an odd last one is left out.
+
+    >>> halved(jnp.array([[-1.0, 2.0], [1.0, 0.0]])[..., None]).tolist()
+    [[[2.0]]]
+    """
+    *batch, height, width, channels = x.shape
+    x = x[..., : height // 2 * 2, : width // 2 * 2, :]
+    x = x.reshape(*batch, height // 2, 2, width // 2, 2, channels)
+    return jax.nn.relu(x.max((-4, -2)))
+
+
 def make_eye(
     *,
     num_classes: int = 10,
-    num_glimpses: int = 6,
-    size: int = 8,
-    scales: int = 3,
+    num_glimpses: int = 4,
+    size: int = 12,
+    scales: int = 2,
     features: int = 128,
     memory: int = 128,
-    std: float = 0.1,
+    std: float = 0.3,
 ) -> Eye:
     """The recurrent attention model.
 
     Args:
         num_classes: of what is shown.
         num_glimpses: looks at each canvas, the first at its middle.
-        size: pixels of the window's side.
+        size: pixels of the window's side, 4 or more.
         scales: of the sensor.
         features: width of the glimpse network.
         memory: width of the core.
@@ -117,8 +138,10 @@ def make_eye(
     sizes = {"num_glimpses": num_glimpses, "size": size, "scales": scales}
     for name, value in (sizes | {"features": features, "memory": memory}).items():
         check_positive(name, value)
+    check_range("size", size, 4, cure="filters of 3 x 3 are halved in it")
     parts: dict[str, tuple[Any, Any]] = {
-        "what": _part(scales * size**2, features),
+        "filters": _part(9, CHANNELS, output_scale=1.4),
+        "what": _part(scales * ((size - 2) // 2) ** 2 * CHANNELS, features),
         "where": _part(2, features),
         "core": split_module(
             lambda rngs: gru(
@@ -140,15 +163,15 @@ def make_eye(
         }
 
     def gaze(params: Params, key: PRNGKey, canvas: Array, choose: Choose) -> Gaze:
-        what, where, core, location, baseline = (
+        filters, what, where, core, location, baseline = (
             bind(params[name]) for name, (_, bind) in parts.items()
         )
 
         def remember(memory: Array, place: Array) -> Array:
-            seen = what(look(canvas, place, size, scales).reshape(-1))
-            return core.remember(
-                memory, core.project(jax.nn.relu(seen + where(place)))
-            )
+            squares = look(canvas, place, size, scales)
+            strokes = filters(patches(squares[..., None], 3))
+            seen = what(halved(strokes).reshape(-1))
+            return core.remember(memory, core.project(jax.nn.relu(seen + where(place))))
 
         def move(carry: tuple[Array, Array], key: PRNGKey) -> Any:
             memory, place = carry

@@ -24,12 +24,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxpg import stochastic
 from jaxpg._checks import check_choice, check_positive, check_range
-from jaxpg.layers import ACTIVATIONS, mlp, patches, split_module
+from jaxpg.layers import mlp, patches, split_module
 from jaxpg.systems.base import System
 from jaxpg.systems.canvases import Canvases, draw_canvases, fixed_canvases
 from jaxpg.systems.digits import DigitData, load_digits, split_off
 from jaxpg.systems.gaze_pictures import draw_paths
-from jaxpg.systems.glimpses import Choose, Eye, make_eye
+from jaxpg.systems.glimpses import Choose, Eye, halved, make_eye
 from jaxpg.types import Params, PRNGKey
 
 __all__ = ["HardAttentionSettings", "Learner", "hard_attention", "make_learner"]
@@ -48,21 +48,21 @@ class HardAttentionSettings:
     """Folder with MNIST's four IDX files. Unset: the digits of scikit-learn."""
     canvas: int = 28
     """Height and width of a canvas, in pixels; with MNIST 60 or more."""
-    num_pieces: int = 6
+    num_pieces: int = 4
     """Pieces of clutter on each canvas."""
-    piece: int = 5
+    piece: int = 4
     """Height and width of a piece."""
-    num_glimpses: int = 6
+    num_glimpses: int = 4
     """Looks at a canvas, the first at its middle."""
-    glimpse: int = 8
+    glimpse: int = 12
     """Height and width of the window."""
-    scales: int = 3
+    scales: int = 2
     """Squares of the sensor, each twice as wide as the one before."""
     features: int = 128
     """Width of the layers that see."""
     memory: int = 128
     """Width of the core's memory."""
-    std: float = 0.1
+    std: float = 0.3
     """Standard deviation of a place, in half canvases."""
     credit: Credit = "reward"
     """What places are credited with: whether the answer is right ("reward"), or the
@@ -71,7 +71,7 @@ class HardAttentionSettings:
     """Weight of the score-function term beside the cross-entropy, for "reward"."""
     batch_size: int = 128
     """Canvases of an update, all drawn anew."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Of Adam."""
     decay_updates: int = 3000
     """Updates over which the learning rate falls, by a cosine, to a twentieth."""
@@ -312,7 +312,9 @@ def _convolutional(settings: HardAttentionSettings) -> tuple[Any, Any]:
     side = ((settings.canvas - 4) // 2 - 2) // 2
     shapes = {"first": (25, 16), "second": (9 * 16, 32)}
     parts = {
-        name: split_module(lambda rngs, s=s: mlp(s[0], (), s[1], rngs=rngs, output_scale=1.4))
+        name: split_module(
+            lambda rngs, s=s: mlp(s[0], (), s[1], rngs=rngs, output_scale=1.4)
+        )
         for name, s in shapes.items()
     }
     parts["head"] = split_module(
@@ -330,19 +332,11 @@ def _convolutional(settings: HardAttentionSettings) -> tuple[Any, Any]:
 
     def predict(params: Params, key: PRNGKey, canvas: Array) -> Array:
         first, second, head = (bind(params[name]) for name, (_, bind) in parts.items())
-        x = _halved(first(patches(canvas[..., None], 5)))
-        x = _halved(second(patches(x, 3)))
+        x = halved(first(patches(canvas[..., None], 5)))
+        x = halved(second(patches(x, 3)))
         return head(x.reshape(-1))
 
     return init, predict
-
-
-def _halved(x: Float[Array, "H W C"]) -> Array:
-    """ReLU and the largest of each 2 x 2."""
-    height, width, channels = x.shape
-    x = x[: height // 2 * 2, : width // 2 * 2]
-    x = x.reshape(height // 2, 2, width // 2, 2, channels)
-    return ACTIVATIONS["relu"](x.max((1, 3)))
 
 
 def _held_out_canvases(settings: HardAttentionSettings, data: DigitData) -> Canvases:
