@@ -168,7 +168,9 @@ def hard_attention(settings: HardAttentionSettings) -> System:
     def evaluate(key: PRNGKey, state: Any) -> dict[str, Array]:
         keys = jax.random.split(key, held.labels.shape[0])
         predict = jax.vmap(learner.predict, (None, 0, 0))
-        logits = predict(state["params"], keys, held.images)
+        # Else XLA works on the patches of these constants for seconds as it compiles.
+        images = jax.lax.optimization_barrier(held.images)
+        logits = predict(state["params"], keys, images)
         return _numbers(logits, held.labels)
 
     def picture(state: Any, path: Path) -> None:
