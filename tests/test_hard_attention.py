@@ -212,7 +212,9 @@ def test_the_baseline_alone_feels_its_error(eye, params, canvas):
     "model", ["attention", "random-glimpses", "convolutional", "fully-connected"]
 )
 def test_every_model_answers(model):
-    learner = make_learner(HardAttentionSettings(model=model, **SMALL))
+    learner = make_learner(
+        HardAttentionSettings(model=model, credit="likelihood", **SMALL)
+    )
     params = learner.init(jax.random.key(0))
     canvas = jax.random.uniform(jax.random.key(1), (12, 12))
     logits = learner.predict(params, jax.random.key(2), canvas)
@@ -273,11 +275,8 @@ def test_validation_digits_are_neither_trained_on_nor_the_test():
 
 def test_settings_that_make_no_sense_are_refused():
     for changes, told in [
-        ({"model": "convolution"}, "did you mean 'convolutional'"),
-        ({"credit": "rewards"}, "did you mean 'reward'"),
         ({"num_glimpses": 1}, "there is no place to choose"),
         ({"std": 0.0}, "std is 0.0"),
-        ({"held_out": "train"}, "held_out is 'train'"),
         ({"placements": 0}, "placements is 0"),
     ]:
         with pytest.raises(ValueError, match=told):

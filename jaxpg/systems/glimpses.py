@@ -25,7 +25,7 @@ from jaxpg.distributions import DiagonalGaussian
 from jaxpg.layers import gru, mlp, patches, split_module
 from jaxpg.types import Params, PRNGKey
 
-__all__ = ["Choose", "Eye", "Gaze", "halved", "look", "make_eye"]
+__all__ = ["Choose", "Eye", "Gaze", "halved", "linear_part", "look", "make_eye"]
 
 CHANNELS = 16
 """Filters of 3 x 3 that all squares are seen through."""
@@ -140,9 +140,9 @@ def make_eye(
         check_positive(name, value)
     check_range("size", size, 4, cure="filters of 3 x 3 are halved in it")
     parts: dict[str, tuple[Any, Any]] = {
-        "filters": _part(9, CHANNELS, output_scale=1.4),
-        "what": _part(scales * ((size - 2) // 2) ** 2 * CHANNELS, features),
-        "where": _part(2, features),
+        "filters": linear_part(9, CHANNELS, output_scale=1.4),
+        "what": linear_part(scales * ((size - 2) // 2) ** 2 * CHANNELS, features),
+        "where": linear_part(2, features),
         "core": split_module(
             lambda rngs: gru(
                 *((features,), (), 1, (features,), memory, num_classes),
@@ -151,8 +151,8 @@ def make_eye(
                 output_scale=1.0,
             )
         ),
-        "location": _part(memory, 2, output_scale=0.1),
-        "baseline": _part(memory, 1, output_scale=0.0),
+        "location": linear_part(memory, 2, output_scale=0.1),
+        "baseline": linear_part(memory, 1, output_scale=0.0),
     }
 
     def init(key: PRNGKey) -> Params:
@@ -192,7 +192,17 @@ def make_eye(
     return Eye(init, gaze)
 
 
-def _part(num_inputs: int, num_outputs: int, output_scale: float = 1.0) -> Any:
+def linear_part(num_inputs: int, num_outputs: int, output_scale: float = 1.0) -> Any:
+    """One linear layer as two pure functions.
+
+    Args:
+        num_inputs: features that come in.
+        num_outputs: features that go out.
+        output_scale: scale of its weights.
+
+    Returns:
+        `init` and `bind` of `layers.split_module`.
+    """
     return split_module(
         lambda rngs: mlp(
             num_inputs, (), num_outputs, rngs=rngs, output_scale=output_scale

@@ -29,7 +29,7 @@ from jaxpg.systems.base import System
 from jaxpg.systems.canvases import Canvases, draw_canvases, fixed_canvases
 from jaxpg.systems.digits import DigitData, load_digits, split_off
 from jaxpg.systems.gaze_pictures import draw_paths
-from jaxpg.systems.glimpses import Choose, Eye, halved, make_eye
+from jaxpg.systems.glimpses import Choose, Eye, halved, linear_part, make_eye
 from jaxpg.types import Params, PRNGKey
 
 __all__ = ["HardAttentionSettings", "Learner", "hard_attention", "make_learner"]
@@ -312,13 +312,7 @@ def _fully_connected(settings: HardAttentionSettings) -> tuple[Any, Any]:
 def _convolutional(settings: HardAttentionSettings) -> tuple[Any, Any]:
     """Convolutions of 16 (5 x 5) and 32 (3 x 3), each halved by the largest of four."""
     side = ((settings.canvas - 4) // 2 - 2) // 2
-    shapes = {"first": (25, 16), "second": (9 * 16, 32)}
-    parts = {
-        name: split_module(
-            lambda rngs, s=s: mlp(s[0], (), s[1], rngs=rngs, output_scale=1.4)
-        )
-        for name, s in shapes.items()
-    }
+    parts = {"first": linear_part(25, 16, 1.4), "second": linear_part(144, 32, 1.4)}
     parts["head"] = split_module(
         lambda rngs: mlp(
             *(side**2 * 32, (settings.features,), 10),
