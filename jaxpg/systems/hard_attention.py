@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxpg import stochastic
 from jaxpg._checks import check_choice, check_positive, check_range
+from jaxpg.envs.from_gymnax import default_promotion
 from jaxpg.layers import mlp, patches, split_module
 from jaxpg.systems.base import System
 from jaxpg.systems.canvases import Canvases, draw_canvases, fixed_canvases
@@ -157,7 +158,8 @@ def hard_attention(settings: HardAttentionSettings) -> System:
             return jnp.mean(losses), _numbers(logits, canvases.labels, errors)
 
         gradient, info = jax.grad(loss, has_aux=True)(state["params"])
-        step, opt = optimiser.update(gradient, state["optimiser"], state["params"])
+        with default_promotion():  # Adam raises a number to the power of its count
+            step, opt = optimiser.update(gradient, state["optimiser"], state["params"])
         params = optax.apply_updates(state["params"], step)
         return {"params": params, "optimiser": opt}, info
 
