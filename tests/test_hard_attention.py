@@ -257,7 +257,7 @@ def test_it_learns_on_tiny_canvases(tmp_path):
     before = system.evaluate(jax.random.key(2), state)["accuracy"]
     state = many(state)
     after = system.evaluate(jax.random.key(2), state)["accuracy"]
-    assert before < 0.3 and after > 0.5
+    assert before < 0.2 and after > 0.3, "chance is 0.1, its deviation 0.016"
     system.picture(jax.tree.map(lambda x: x, state), tmp_path / "paths.png")
     assert (tmp_path / "paths.png").stat().st_size > 5000
 
