@@ -109,6 +109,7 @@ LAYERS = {
     "training": [
         "train.agreement",
         "train.lifeline",
+        "train.visits",
         "train.distributed",
         "train.sharding",
         "train.provenance",
@@ -151,11 +152,26 @@ LAYERS = {
         "study",
         "study.commands",
     ],
+    "systems": [
+        "systems.base",
+        "systems.digits",
+        "systems.canvases",
+        "systems.glimpses",
+        "systems.gaze_pictures",
+        "systems.hard_attention",
+        "systems.registry",
+        "systems.program",
+        "systems.runs",
+        "systems.training",
+        "systems",
+    ],
     "doors": ["", "cli", "__main__"],
 }
 ORDER = [file for files in LAYERS.values() for file in files]
 
-HEAVY = {"flax", "gymnasium", "gymnax", "matplotlib", "orbax", "rich", "tyro"}
+HEAVY = {
+    *("flax", "gymnasium", "gymnax", "matplotlib", "orbax", "rich", "sklearn", "tyro")
+}
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 

@@ -1,0 +1,18 @@
+"""Systems beyond control: trained by the score function, with no environment at all.
+
+    base            System: init, update, evaluate, picture
+    digits          handwritten digits, of scikit-learn or MNIST
+    canvases        digits at random places among clutter
+    glimpses        the sensor, and the recurrent attention model
+    hard_attention  the system, and the models beside it
+    registry        systems by name
+    program         what runs between two visits of the host
+    runs            a run on disk
+    training        train, resume, evaluate
+
+`jaxpg train NAME` trains one, `jaxpg train --resume RUN` goes on.
+"""
+
+from jaxpg.systems.base import Recipe, RunSettings, System
+
+__all__ = ["Recipe", "RunSettings", "System"]
