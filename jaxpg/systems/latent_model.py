@@ -15,7 +15,6 @@ References: Neal 1992, "Connectionist learning of belief networks"; Mnih and Gre
 "Importance weighted autoencoders".
 """
 
-import dataclasses
 from typing import Literal
 
 import jax
@@ -23,14 +22,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxpg import stochastic
-from jaxpg._checks import check_choice, check_positive
 from jaxpg.distributions import Bernoulli, OneHotCategorical
 from jaxpg.stochastic.enumeration import outcomes_of
 from jaxpg.stochastic.execution import trace
+from jaxpg.systems.latent_settings import MAX_CODES, DiscreteVAESettings
 from jaxpg.types import Params, PRNGKey, PyTree
 
 __all__ = [
-    "LatentSettings",
     "decode",
     "draw_images",
     "exact_bound",
@@ -43,41 +41,7 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentSettings:
-    """What the latent variables are, and how wide the networks around them."""
-
-    latent: Literal["bernoulli", "categorical"] = "bernoulli"
-    """Bits, or groups of unit vectors."""
-    num_layers: int = 1
-    """Stochastic layers, one above the other."""
-    num_bits: int = 32
-    """Bits of each layer, with Bernoulli latents."""
-    num_groups: int = 8
-    """Unit vectors of each layer, with categorical latents."""
-    num_values: int = 8
-    """Length of each unit vector, with categorical latents."""
-    hidden: int = 64
-    """Units of the hidden layer of every network; 0 makes them linear, as in the
-    sigmoid belief network."""
-
-    def __post_init__(self) -> None:
-        check_choice("latent", self.latent, ("bernoulli", "categorical"))
-        for name in ("num_layers", "num_bits", "num_groups"):
-            check_positive(name, getattr(self, name))
-        if self.num_values < 2:
-            raise ValueError(
-                f"num_values is {self.num_values}, needs at least 2: a vector of one "
-                "value says nothing; use num_values=2, or latent='bernoulli'"
-            )
-        if self.hidden < 0:
-            raise ValueError(
-                f"hidden is {self.hidden}, needs a whole number of at least 0; 0 makes "
-                "the networks linear"
-            )
-
-
-def num_features(settings: LatentSettings) -> int:
+def num_features(settings: DiscreteVAESettings) -> int:
     """How many numbers a layer's code has.
 
     Args:
@@ -86,7 +50,7 @@ def num_features(settings: LatentSettings) -> int:
     Returns:
         Bits, or values of all groups.
 
-    >>> num_features(LatentSettings(latent="categorical", num_groups=2, num_values=5))
+    >>> num_features(DiscreteVAESettings(latent="categorical", num_groups=2, num_values=5))
     10
     """
     if settings.latent == "bernoulli":
@@ -94,7 +58,7 @@ def num_features(settings: LatentSettings) -> int:
     return settings.num_groups * settings.num_values
 
 
-def init_model(settings: LatentSettings, key: PRNGKey, num_pixels: int) -> Params:
+def init_model(settings: DiscreteVAESettings, key: PRNGKey, num_pixels: int) -> Params:
     """Parameters of inference, prior and generation.
 
     Args:
@@ -111,18 +75,18 @@ def init_model(settings: LatentSettings, key: PRNGKey, num_pixels: int) -> Param
     keys = jax.random.split(key, (2, settings.num_layers))
     return {
         "inference": [
-            _init_network(k, size, settings.hidden, code)
+            init_network(k, size, settings.hidden, code)
             for k, size in zip(keys[0], below, strict=True)
         ],
         "generation": [
-            _init_network(k, code, settings.hidden, size)
+            init_network(k, code, settings.hidden, size)
             for k, size in zip(keys[1], below, strict=True)
         ],
         "prior": jnp.zeros(code),
     }
 
 
-def make_program(settings: LatentSettings) -> stochastic.Program:
+def make_program(settings: DiscreteVAESettings) -> stochastic.Program:
     """The negative evidence bound of one image, as a program of one draw a layer.
 
         cost = sum_l  log q(z_l | z_l-1) - log p(z_l-1 | z_l),  less  log p(z_L)
@@ -134,7 +98,7 @@ def make_program(settings: LatentSettings) -> stochastic.Program:
         `program(params, key, image [P]) -> cost` in nats, with nodes "layer_1" (the
         lowest) and so on. An image is of zeros and ones.
 
-    >>> settings = LatentSettings(num_bits=3, hidden=0)
+    >>> settings = DiscreteVAESettings(num_bits=3, hidden=0)
     >>> params = init_model(settings, jax.random.key(0), 4)
     >>> exact = stochastic.exact_expectation(make_program(settings))
     >>> bool(exact(params, jax.random.key(1), jnp.ones(4)) > 0.0)
@@ -146,11 +110,11 @@ def make_program(settings: LatentSettings) -> stochastic.Program:
     ) -> Float[Array, ""]:
         below, prior = image, _layer(settings, params["prior"])
         for number, key in enumerate(jax.random.split(key, settings.num_layers)):
-            posterior = _layer(settings, _apply(params["inference"][number], below))
+            posterior = _layer(settings, apply_network(params["inference"][number], below))
             draw = stochastic.sample(key, posterior, name=f"layer_{number + 1}")
             code = jnp.reshape(draw, -1).astype(image.dtype)
             is_image = number == 0
-            seen = _apply(params["generation"][number], code)
+            seen = apply_network(params["generation"][number], code)
             beneath = Bernoulli(seen) if is_image else _layer(settings, seen)
             paid = _log_mass(posterior, code) - _log_mass(beneath, below)
             below = code
@@ -162,7 +126,7 @@ def make_program(settings: LatentSettings) -> stochastic.Program:
 
 
 def importance_weighted_bound(
-    settings: LatentSettings,
+    settings: DiscreteVAESettings,
     params: Params,
     key: PRNGKey,
     image: Float[Array, "P"],
@@ -194,12 +158,12 @@ def importance_weighted_bound(
 
 
 def exact_bound(
-    settings: LatentSettings,
+    settings: DiscreteVAESettings,
     params: Params,
     image: Float[Array, "P"],
     *,
     num_samples: Literal[1, 2] = 1,
-    max_outcomes: int = 2**16,
+    max_codes: int = MAX_CODES,
 ) -> Float[Array, ""]:
     """The evidence bound of one image by enumeration, of one sample or of two.
 
@@ -210,17 +174,17 @@ def exact_bound(
         params: of the model.
         image: of zeros and ones.
         num_samples: 1 or 2; two take the square of the codes' number in memory.
-        max_outcomes: more codes are refused.
+        max_codes: more are refused.
 
     Returns:
         The bound in nats, differentiable.
 
     Raises:
-        ValueError: if there are more codes than `max_outcomes`, or more samples than 2.
+        ValueError: if there are more codes than `max_codes`, or more samples than 2.
 
     Bias: none.
     """
-    log_q, cost = _all_codes(settings, params, image, max_outcomes)
+    log_q, cost = _all_codes(settings, params, image, max_codes)
     if num_samples == 1:
         return -jnp.sum(jnp.exp(log_q) * cost)
     if num_samples != 2:
@@ -233,11 +197,11 @@ def exact_bound(
 
 
 def exact_log_likelihood(
-    settings: LatentSettings,
+    settings: DiscreteVAESettings,
     params: Params,
     image: Float[Array, "P"],
     *,
-    max_outcomes: int = 2**16,
+    max_codes: int = MAX_CODES,
 ) -> Float[Array, ""]:
     """log p(x) of one image, by adding up all codes.
 
@@ -247,22 +211,22 @@ def exact_log_likelihood(
         settings: of the model.
         params: of the model.
         image: of zeros and ones.
-        max_outcomes: more codes are refused.
+        max_codes: more are refused.
 
     Returns:
         In nats; the inference network cancels.
 
     Raises:
-        ValueError: if there are more codes than `max_outcomes`.
+        ValueError: if there are more codes than `max_codes`.
 
     Bias: none.
     """
-    log_q, cost = _all_codes(settings, params, image, max_outcomes)
+    log_q, cost = _all_codes(settings, params, image, max_codes)
     return jax.nn.logsumexp(log_q - cost)
 
 
 def draw_images(
-    settings: LatentSettings, params: Params, key: PRNGKey
+    settings: DiscreteVAESettings, params: Params, key: PRNGKey
 ) -> Float[Array, "P"]:
     """An image from the model itself: from the prior down, as pixels' probabilities.
 
@@ -277,13 +241,13 @@ def draw_images(
     top, *keys = jax.random.split(key, settings.num_layers)
     code = _layer(settings, params["prior"]).sample(top)
     for number, key in zip(range(settings.num_layers - 1, 0, -1), keys, strict=True):
-        logits = _apply(params["generation"][number], _flat(code))
+        logits = apply_network(params["generation"][number], _flat(code))
         code = _layer(settings, logits).sample(key)
     return decode(params, _flat(code))
 
 
 def reconstruct(
-    settings: LatentSettings, params: Params, key: PRNGKey, image: Float[Array, "P"]
+    settings: DiscreteVAESettings, params: Params, key: PRNGKey, image: Float[Array, "P"]
 ) -> Float[Array, "P"]:
     """What generation makes of one code that inference drew for an image.
 
@@ -296,7 +260,7 @@ def reconstruct(
     Returns:
         The probability of a one, for each pixel.
     """
-    logits = _apply(params["inference"][0], image)
+    logits = apply_network(params["inference"][0], image)
     return decode(params, _flat(_layer(settings, logits).sample(key)))
 
 
@@ -310,16 +274,16 @@ def decode(params: Params, code: Float[Array, "F"]) -> Float[Array, "P"]:
     Returns:
         The probability of a one, for each pixel.
     """
-    return jax.nn.sigmoid(_apply(params["generation"][0], code))
+    return jax.nn.sigmoid(apply_network(params["generation"][0], code))
 
 
 def _all_codes(
-    settings: LatentSettings, params: Params, image: Array, max_outcomes: int
+    settings: DiscreteVAESettings, params: Params, image: Array, max_codes: int
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
     """log q(z | x) and cost of every code."""
     key = jax.random.key(0)  # draws nothing
     traced = trace(make_program(settings), params, key, (image,))
-    outcomes = outcomes_of(traced, params, key, (image,), max_outcomes=max_outcomes)
+    outcomes = outcomes_of(traced, params, key, (image,), max_outcomes=max_codes)
     nodes = outcomes.records.nodes.values()
     log_q = sum((_per_code(node.log_prob) for node in nodes), jnp.zeros(()))
     return log_q, jax.vmap(lambda record: record.total)(outcomes.records)
@@ -330,7 +294,7 @@ def _per_code(log_prob: Array) -> Float[Array, "N"]:
 
 
 def _layer(
-    settings: LatentSettings, logits: Float[Array, "F"]
+    settings: DiscreteVAESettings, logits: Float[Array, "F"]
 ) -> Bernoulli | OneHotCategorical:
     if settings.latent == "bernoulli":
         return Bernoulli(logits)
@@ -349,7 +313,7 @@ def _flat(code: Array) -> Float[Array, "F"]:
     return jnp.reshape(code, -1).astype(float)
 
 
-def _init_network(key: PRNGKey, inputs: int, hidden: int, outputs: int) -> PyTree:
+def init_network(key: PRNGKey, inputs: int, hidden: int, outputs: int) -> PyTree:
     sizes = [inputs, *([hidden] if hidden else []), outputs]
     keys = jax.random.split(key, len(sizes) - 1)
     return [
@@ -361,7 +325,7 @@ def _init_network(key: PRNGKey, inputs: int, hidden: int, outputs: int) -> PyTre
     ]
 
 
-def _apply(network: PyTree, inputs: Array) -> Array:
+def apply_network(network: PyTree, inputs: Array) -> Array:
     # Codes and pixels are 0 or 1; -1 or 1 keeps the first layer's inputs centred.
     x = 2.0 * inputs - 1.0
     for layer in network[:-1]:
