@@ -14,9 +14,8 @@ order gradient estimation in stochastic computation graphs"; Kool et al. 2019, "
 REINFORCE samples, get a baseline for free!" (leave-one-out).
 """
 
-from collections.abc import Mapping
-from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +41,10 @@ __all__ = [
     "Report",
     "Signals",
     "any_order",
+    "averaged",
     "first_order",
     "mean_of_others",
+    "report_of",
     "score_function",
     "signals_of",
 ]
@@ -74,19 +75,9 @@ class Report(NamedTuple):
     output: PyTree
 
 
-@runtime_checkable
-class Loss(Protocol):
-    """What an operator returns: a sampled cost whose derivative is the estimate."""
-
-    def __call__(
-        self,
-        params: Params,
-        key: PRNGKey,
-        *inputs: PyTree,
-        baselines: Levels | None = None,
-        scales: Levels | None = None,
-    ) -> tuple[Float[Array, ""], Report]:
-        """`(cost, report)`, for `jax.value_and_grad(..., has_aux=True)`."""
+Loss: TypeAlias = Callable[..., tuple[Float[Array, ""], Report]]
+"""`loss(params, key, *inputs, ...) -> (cost, report)`: a sampled cost whose derivative
+is the estimate, for `jax.value_and_grad(loss, has_aux=True)`."""
 
 
 def score_function(
@@ -179,13 +170,14 @@ def score_function(
         record, signals = over_runs(run)(keys)
         if leave_one_out:
             signals = _leave_one_out(signals)
-        if order == "any":
-            totals = over_runs(partial(any_order, graph))(record, signals.levels)
-        else:
-            weigh = partial(_weights, scales=scales)
-            weights = over_runs(weigh)(signals)
-            totals = over_runs(partial(first_order, graph))(record, weights)
-        return jnp.mean(totals), _report(record, signals)
+
+        def total(record: Record, signals: Signals) -> Array:
+            if order == "any":
+                return any_order(graph, record, signals.levels)
+            return first_order(graph, record, _weights(signals, scales))
+
+        totals = over_runs(total)(record, signals)
+        return jnp.mean(totals), report_of(record, signals)
 
     return loss
 
@@ -296,6 +288,24 @@ def _leave_one_out(signals: Signals) -> Signals:
     return signals._replace(levels=levels)
 
 
+def averaged(loss: Loss, num_samples: int | None) -> Loss:
+    """The mean of independent runs of a loss, their reports stacked; None for one."""
+    if num_samples is None:
+        return loss
+    check_positive("num_samples", num_samples)
+
+    def mean_loss(
+        params: Params, key: PRNGKey, *inputs: PyTree, **settings: Any
+    ) -> tuple[Float[Array, ""], Report]:
+        def run(key: PRNGKey) -> tuple[Array, Report]:
+            return loss(params, key, *inputs, **settings)
+
+        costs, reports = jax.vmap(run)(jax.random.split(key, num_samples))
+        return jnp.mean(costs), reports
+
+    return mean_loss
+
+
 def mean_of_others(x: Float[Array, "K ..."]) -> Float[Array, "K ..."]:
     """Added up anew for each: taking oneself off the total leaves one's rounding."""
     number = x.shape[0]
@@ -311,7 +321,8 @@ def _per_draw(x: Any, like: Array) -> Array:
     )
 
 
-def _report(record: Record, signals: Signals) -> Report:
+def report_of(record: Record, signals: Signals) -> Report:
+    """What a person wants to see of a run."""
     return Report(
         record.costs,
         signals.credits,
