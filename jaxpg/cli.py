@@ -19,6 +19,8 @@ import tyro
 from jaxpg._checks import check_choice, check_positive
 from jaxpg._version import __version__
 from jaxpg.algos.registry import RECIPES
+from jaxpg.systems.registry import SYSTEMS
+from jaxpg.systems.runs import is_system_run, read_settings
 from jaxpg.train import distributed
 from jaxpg.train.agreement import is_first
 from jaxpg.train.config import ALGORITHMS, TrainConfig
@@ -40,12 +42,14 @@ Policy gradients in JAX.
 
 commands:
   train [ALGORITHM]        train a policy (default: reinforce on CartPole-v1)
+  train SYSTEM             train a system that has no environment
   train --resume RUN       continue an interrupted or finished run
   train --distributed      as one of several processes, usually on several hosts
-  eval RUN                 evaluate a trained policy on whole episodes
+  eval RUN                 evaluate a trained policy on whole episodes, or a system
   study KIND               measure estimators: variance, off-policy, learning,
                            batch-size
-  list envs|algorithms     what there is to choose from
+  list envs|algorithms|systems
+                           what there is to choose from
 
 options:
   --version                print the version
@@ -60,6 +64,12 @@ STUDY_HELP = """Study {summary}.
 --quick begins from settings that finish within two minutes on two cores; other options
 still hold. --resume FOLDER goes on with a study that was interrupted, with its own
 settings. Leaves report.html, figures, results.csv and results.json."""
+
+
+SYSTEM_HELP = """Train a system that has no environment: {summary}.
+
+Leaves a log, checkpoints, a learning curve and, where there is something to see, a
+picture in the run's folder. Several seeds side by side: --num-seeds 5."""
 
 
 class UsageError(Exception):
@@ -155,7 +165,10 @@ class TrainOptions:
 
 
 def _train(words: list[str]) -> int:
-    algorithm = words.pop(0) if words and not words[0].startswith("-") else "reinforce"
+    name = words.pop(0) if words and not words[0].startswith("-") else None
+    if name in SYSTEMS or (name is None and _resumes_system(words)):
+        return _train_system(name, words)
+    algorithm = name or "reinforce"
     options = _parse_train(algorithm, words)
     _start_jax(options)
     from jaxpg.train.loop import resume, train
@@ -174,7 +187,7 @@ def _train(words: list[str]) -> int:
 
 def _parse_train(algorithm: str, words: list[str]) -> TrainOptions:
     try:
-        check_choice("algorithm", algorithm, ALGORITHMS)
+        check_choice("algorithm", algorithm, [*ALGORITHMS, *SYSTEMS])
     except ValueError as error:
         raise UsageError(error) from error
     words, sweep = _take_sweeps(words)
@@ -205,12 +218,86 @@ def _parse_train(algorithm: str, words: list[str]) -> TrainOptions:
 
 def _env_of(words: list[str], default: Any = TrainConfig.env) -> Any:
     """The environment that is asked for, before anything else is known."""
+    return _value_of("--env", words, default)
+
+
+def _value_of(flag: str, words: list[str], default: Any) -> Any:
     for word, following in itertools.pairwise([*words, ""]):
-        if word == "--env":
+        if word == flag:
             return following
-        if word.startswith("--env="):
+        if word.startswith(f"{flag}="):
             return word.partition("=")[2]
     return default
+
+
+def _resumes_system(words: list[str]) -> bool:
+    folder = _value_of("--resume", words, None)
+    return bool(folder) and is_system_run(folder)
+
+
+def _train_system(name: str | None, words: list[str]) -> int:
+    folder = _value_of("--resume", words, None)
+    stored = read_settings(folder) if folder else None
+    name = name or (stored[0] if stored else "")
+    if stored and name != stored[0]:
+        raise UsageError(f"{folder} holds a run of {stored[0]}, not of {name}")
+    recipe = SYSTEMS[name]
+    options = _system_options(name)
+    default = options(
+        run=stored[1] if stored else recipe.run,
+        system=stored[2] if stored else recipe.settings(),
+    )
+    parsed = _parse(options, words, f"jaxpg train {name}", default)
+    _set_up_jax(1, parsed.compilation_cache)
+    from jaxpg.systems import training
+
+    if stored is None:
+        return _report_system(training.train(name, parsed.system, parsed.run))
+    free = dataclasses.replace(stored[1], num_updates=parsed.run.num_updates)
+    changed = _differences(free, parsed.run) + _differences(stored[2], parsed.system)
+    if changed:
+        raise UsageError(
+            f"{folder} was trained with other settings ({', '.join(changed)}); leave "
+            "them out, or start a new run without --resume"
+        )
+    return _report_system(
+        training.resume(
+            folder,
+            num_updates=parsed.run.num_updates,
+            from_update=parsed.from_update,
+        )
+    )
+
+
+def _system_options(name: str) -> type:
+    recipe = SYSTEMS[name]
+    return dataclasses.make_dataclass(
+        "SystemOptions",
+        [
+            ("run", type(recipe.run)),
+            ("system", recipe.settings),
+            ("resume", Path | None, None),
+            ("from_update", int | None, None),
+            ("compilation_cache", bool, True),
+        ],
+        frozen=True,
+        kw_only=True,
+        namespace={"__doc__": SYSTEM_HELP.format(summary=recipe.summary)},
+    )
+
+
+def _report_system(result: Any) -> int:
+    from jaxpg.train.progress import table
+
+    if result.stopped_by is not None:
+        print(
+            f"interrupted after update {result.update}; continue with: "
+            f"jaxpg train --resume {result.folder}"
+        )
+        return 128 + result.stopped_by
+    table("Evaluation", result.evaluation)
+    print(f"run folder: {result.folder}")
+    return 0
 
 
 def _take_sweeps(words: list[str]) -> tuple[list[str], Sweep]:
@@ -350,6 +437,9 @@ def _eval(words: list[str]) -> int:
         _use_compilation_cache()
     from jaxpg.train.evaluate import summarize
     from jaxpg.train.progress import table
+
+    if is_system_run(options.run):
+        return _eval_system(options)
     from jaxpg.train.run import load_params, open_run
 
     run = open_run(options.run, num_devices=1)
@@ -365,6 +455,23 @@ def _eval(words: list[str]) -> int:
     how = "greedy" if options.greedy else "drawn"
     table(f"{where} {run.env.name}, update {update}, actions {how}", rows)
     print(f"mean {sum(row['mean'] for row in rows) / len(rows):.2f}")
+    return 0
+
+
+def _eval_system(options: EvalOptions) -> int:
+    from jaxpg.systems.runs import open_run
+    from jaxpg.systems.training import evaluate, load_state
+    from jaxpg.train.progress import table
+
+    run = open_run(options.run)
+    wanted = options.checkpoint
+    if wanted != "latest" and not wanted.isdigit():
+        raise ValueError(
+            f"checkpoint is {wanted!r}, needs latest or the number of an update: a "
+            "system's run keeps no best one"
+        )
+    step, _ = load_state(run, None if wanted == "latest" else int(wanted))
+    table(f"{run.name}, update {step}", evaluate(run, step))
     return 0
 
 
@@ -439,7 +546,14 @@ def _list(words: list[str]) -> int:
             problem = envs.load_problem(name)
             print(name if problem is None else f"{name}  (cannot load: {problem})")
         return 0
-    raise UsageError("list what? choose one of: jaxpg list envs, jaxpg list algorithms")
+    if what == "systems":
+        for name, system in SYSTEMS.items():
+            print(f"{name:<16} {system.summary}")
+        return 0
+    raise UsageError(
+        "list what? choose one of: jaxpg list envs, jaxpg list algorithms, "
+        "jaxpg list systems"
+    )
 
 
 def _parse(kind: type, words: list[str], program: str, default: Any = None) -> Any:

@@ -109,6 +109,7 @@ LAYERS = {
     "training": [
         "train.agreement",
         "train.lifeline",
+        "train.visits",
         "train.distributed",
         "train.sharding",
         "train.provenance",
@@ -150,6 +151,14 @@ LAYERS = {
         "study.batch_size",
         "study",
         "study.commands",
+    ],
+    "systems": [
+        "systems.base",
+        "systems.registry",
+        "systems.program",
+        "systems.runs",
+        "systems.training",
+        "systems",
     ],
     "doors": ["", "cli", "__main__"],
 }

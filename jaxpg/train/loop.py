@@ -10,13 +10,10 @@ checkpoint has not seen, so no line is lost or repeated wherever the process die
 How many updates are made between visits changes no bit of the result.
 """
 
-import signal
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -29,7 +26,7 @@ from jaxpg.train.config import TrainConfig
 from jaxpg.train.distributed import advise
 from jaxpg.train.evaluate import make_evaluator, summarize
 from jaxpg.train.log import Row, RunLog, read_metrics, read_rows
-from jaxpg.train.program import MAX_UPDATES_PER_CALL, TrainState
+from jaxpg.train.program import TrainState
 from jaxpg.train.progress import Glance, make_progress
 from jaxpg.train.provenance import describe, differences, write_json_atomically
 from jaxpg.train.records import (
@@ -53,10 +50,9 @@ from jaxpg.train.run import (
     restore_state,
     store_config,
 )
+from jaxpg.train.visits import next_pace, received_signals
 
 __all__ = ["NonFiniteError", "RunResult", "resume", "train"]
-
-SECONDS_BETWEEN_VISITS = 1.0
 
 
 class NonFiniteError(RuntimeError):
@@ -186,7 +182,7 @@ def _loop(
     try:
         advance = run.program.advance.lower(state, np.int32(1)).compile()
         wait_for_all("the program is compiled")
-        with _signals() as received:
+        with received_signals() as received:
             while update < config.num_updates and not stopped_by:
                 due = config.checkpoint_every - update % config.checkpoint_every
                 count = min(pace, due, config.num_updates - update)
@@ -206,7 +202,7 @@ def _loop(
                 progress.show(
                     _glance(config, columns, env_steps, update, count, seconds)
                 )
-                stopped_by, pace = agree(max(received), _next_pace(count, seconds))
+                stopped_by, pace = agree(max(received), next_pace(count, seconds))
             _checkpoint(run, state, update)
     finally:
         progress.close()
@@ -310,34 +306,6 @@ def _last_known(returns: np.ndarray) -> float:
     means = returns.mean(axis=1)
     known = means[np.isfinite(means)]
     return float(known[-1]) if len(known) else float("nan")
-
-
-def _next_pace(count: int, seconds: float) -> int:
-    """Updates until the next visit."""
-    wanted = round(count * SECONDS_BETWEEN_VISITS / max(seconds, 1e-6))
-    return max(1, min(wanted, 2 * count, MAX_UPDATES_PER_CALL))
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, to end between visits; a second one ends at once."""
-    received = [0]  # no signal has this number
-
-    def remember(number: int, frame: Any) -> None:
-        if any(received):
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        old = {n: signal.signal(n, remember) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, where signals cannot be caught
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def _say(show: bool, line: str) -> None:

@@ -30,17 +30,16 @@ from jaxpg.rollout import (
 )
 from jaxpg.train.config import TrainConfig, with_values_unchecked
 from jaxpg.train.sharding import Placement
+from jaxpg.train.visits import MAX_UPDATES_PER_CALL
 from jaxpg.types import PRNGKey, PyTree, Trajectory
 
 __all__ = [
-    "MAX_UPDATES_PER_CALL",
     "Program",
     "TrainState",
     "build_program",
+    "over_members",
     "state_shardings",
 ]
-
-MAX_UPDATES_PER_CALL = 64
 
 EPISODES = 2**32 - 1
 """What the key of all episodes in segments is derived with, away from updates."""
@@ -124,21 +123,21 @@ def build_program(
         return of_member(index).update(state)
 
     indices = jnp.arange(config.num_members, dtype=jnp.int32)
-    over_members = _over_members(update, config.num_members, config.members_at_once)
+    all_members = over_members(update, config.num_members, config.members_at_once)
 
     def advance(state: TrainState, count: Array) -> tuple[TrainState, Info]:
         def body(i: Array, carry: Any) -> Any:
             state, metrics = carry
-            state, info = over_members((state, indices))
+            state, info = all_members((state, indices))
             return state, jax.tree.map(lambda x, y: x.at[i].set(y), metrics, info)
 
-        shapes = jax.eval_shape(over_members, (state, indices))[1]
+        shapes = jax.eval_shape(all_members, (state, indices))[1]
         metrics = jax.tree.map(
             lambda x: jnp.zeros((MAX_UPDATES_PER_CALL, *x.shape), x.dtype), shapes
         )
         return jax.lax.fori_loop(0, count, body, (state, metrics))
 
-    init_all = _over_members(init, config.num_members, config.members_at_once)
+    init_all = over_members(init, config.num_members, config.members_at_once)
 
     def init_members(seeds: Array) -> TrainState:
         return init_all((seeds, indices))
@@ -332,10 +331,19 @@ def _of_segments(trajectories: Trajectory, before: Any) -> Info:
     }
 
 
-def _over_members(
+def over_members(
     fn: Callable[[Any], Any], num_members: int, at_once: int | None
 ) -> Callable[[Any], Any]:
-    """`fn` over a leading axis of members; one runs without the axis, as fast."""
+    """`fn` over a leading axis of members; one runs without the axis, as fast.
+
+    Args:
+        fn: of one member's argument.
+        num_members: length of the axis.
+        at_once: how many run side by side; None for all.
+
+    Returns:
+        `fn` of all of them.
+    """
     if num_members > 1 and (at_once is None or at_once >= num_members):
         return jax.vmap(fn)
     if num_members > 1:

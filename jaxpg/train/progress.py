@@ -3,7 +3,14 @@
 import sys
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-__all__ = ["Glance", "PlainProgress", "Progress", "RichProgress", "make_progress"]
+__all__ = [
+    "Glance",
+    "PlainProgress",
+    "Progress",
+    "Reading",
+    "RichProgress",
+    "make_progress",
+]
 
 
 class Glance(NamedTuple):
@@ -26,11 +33,29 @@ class Glance(NamedTuple):
     seconds_left: float | None
 
 
+class Reading(NamedTuple):
+    """The state of a run without an environment at one visit of the host.
+
+    Attributes:
+        update: updates made.
+        num_updates: updates to make.
+        values: what its last update tells, by name, means over all seeds.
+        updates_per_second: since the last visit.
+        seconds_left: at the present rate; None while it is unknown.
+    """
+
+    update: int
+    num_updates: int
+    values: dict[str, float]
+    updates_per_second: float
+    seconds_left: float | None
+
+
 @runtime_checkable
 class Progress(Protocol):
     """Something that shows glances."""
 
-    def show(self, glance: Glance) -> None: ...
+    def show(self, glance: "Glance | Reading") -> None: ...
 
     def close(self) -> None: ...
 
@@ -38,7 +63,7 @@ class Progress(Protocol):
 class PlainProgress:
     """One line per glance, for logs and pipes."""
 
-    def show(self, glance: Glance) -> None:
+    def show(self, glance: Glance | Reading) -> None:
         print(describe_glance(glance), flush=True)
 
     def close(self) -> None:
@@ -62,7 +87,7 @@ class RichProgress:
         )
         self._bar.start()
 
-    def show(self, glance: Glance) -> None:
+    def show(self, glance: Glance | Reading) -> None:
         line = describe_glance(glance).split("  ", 1)[1]
         self._bar.update(self._task, completed=glance.update, description=line)
 
@@ -73,7 +98,7 @@ class RichProgress:
 class NoProgress:
     """Silence."""
 
-    def show(self, glance: Glance) -> None:
+    def show(self, glance: Glance | Reading) -> None:
         pass
 
     def close(self) -> None:
@@ -89,13 +114,21 @@ def make_progress(show: bool, first_update: int, num_updates: int) -> Progress:
     return PlainProgress()
 
 
-def describe_glance(glance: Glance) -> str:
+def describe_glance(glance: Glance | Reading) -> str:
     """One line of plain text.
 
     >>> describe_glance(Glance(5, 60, 120_000, 1.5e6, 87.25, 42.0))
     'update 5/60  return 87.25  steps 120.0k  1.5M steps/s  0:42 left'
+    >>> describe_glance(Reading(5, 60, {"loss": 0.25}, 12.0, 4.0))
+    'update 5/60  loss 0.250  12.0 updates/s  0:04 left'
     """
     left = "" if glance.seconds_left is None else f"  {clock(glance.seconds_left)} left"
+    if isinstance(glance, Reading):
+        told = "  ".join(f"{name} {x:.3f}" for name, x in glance.values.items())
+        return (
+            f"update {glance.update}/{glance.num_updates}  {told}  "
+            f"{glance.updates_per_second:.1f} updates/s{left}"
+        )
     return (
         f"update {glance.update}/{glance.num_updates}  "
         f"return {glance.mean_return:.2f}  "

@@ -3,16 +3,30 @@
 `columns` below are a visit's metrics by name, each [updates, seeds].
 """
 
-from typing import cast
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
+from jaxpg.train.checkpoint import CheckpointStore
 from jaxpg.train.log import Row, read_rows
 from jaxpg.train.run import Run
 
 __all__ = ["Columns", "env_steps_so_far", "find_non_finite", "to_rows"]
 
 Columns = dict[str, np.ndarray]
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """What must be known of a run to say where it went wrong."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def config(self) -> Any: ...
+    @property
+    def checkpoints(self) -> CheckpointStore: ...
 
 
 def to_rows(
@@ -52,7 +66,7 @@ def env_steps_so_far(run: Run) -> np.ndarray:
     return env_steps
 
 
-def find_non_finite(run: Run, columns: Columns, update: int) -> str | None:
+def find_non_finite(run: Watched, columns: Columns, update: int) -> str | None:
     """What went wrong first, or None; the columns lose what came after it.
 
     Args:

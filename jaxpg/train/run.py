@@ -38,12 +38,14 @@ from jaxpg.train.sharding import Placement, place, spread_out, usual_device_coun
 from jaxpg.types import Params
 
 __all__ = [
+    "SCHEMA",
     "Run",
     "create_run",
     "initial_seeds",
     "load_params",
     "open_run",
     "read_config",
+    "read_stored",
     "restore_state",
     "store_config",
 ]
@@ -172,6 +174,21 @@ def store_config(run: Run) -> None:
 
 
 def _read(folder: Path | str) -> dict[str, Any]:
+    stored = read_stored(folder)
+    if "system" in stored:
+        raise ValueError(
+            f"{folder} holds a run of the system {stored['system']!r}, which has no "
+            "environment and no policy; open it with jaxpg.systems.runs.open_run"
+        )
+    return stored
+
+
+def read_stored(folder: Path | str) -> dict[str, Any]:
+    """What the folder of any run says of itself, as plain JSON.
+
+    Raises:
+        ValueError: if the folder holds no run, or one of another schema.
+    """
     return read_header(
         Path(folder) / "config.json",
         SCHEMA,
