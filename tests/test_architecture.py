@@ -154,6 +154,11 @@ LAYERS = {
     ],
     "systems": [
         "systems.base",
+        "systems.latent_settings",
+        "systems.latent_model",
+        "systems.latent_estimators",
+        "systems.latent_data",
+        "systems.discrete_vae",
         "systems.registry",
         "systems.program",
         "systems.runs",

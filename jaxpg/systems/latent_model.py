@@ -30,7 +30,7 @@ from jaxpg.types import Params, PRNGKey, PyTree
 
 __all__ = [
     "decode",
-    "draw_images",
+    "draw_image",
     "exact_bound",
     "exact_log_likelihood",
     "importance_weighted_bound",
@@ -225,7 +225,7 @@ def exact_log_likelihood(
     return jax.nn.logsumexp(log_q - cost)
 
 
-def draw_images(
+def draw_image(
     settings: DiscreteVAESettings, params: Params, key: PRNGKey
 ) -> Float[Array, "P"]:
     """An image from the model itself: from the prior down, as pixels' probabilities.
