@@ -137,8 +137,10 @@ def _with_level(
         given = {"baselines": levels, "scales": scales}
         mean_loss = partial(_over_images(loss), given=given)
         slope, report = jax.grad(mean_loss, has_aux=True)(params, key, images)
-        # A baseline is fitted to single runs: every run of an image is a datum.
-        credits = jax.tree.map(jnp.ravel, report.credits)
+        # A baseline is fitted to single runs, so each run of an image is a datum; all
+        # draws of one layer have the same credit.
+        runs = images.shape[0] * samples
+        credits = {name: x.reshape(runs, -1)[:, 0] for name, x in report.credits.items()}
         state = level.fit(state, credits, jnp.repeat(images, samples, axis=0))
         return _bound_of(report), slope, state
 
