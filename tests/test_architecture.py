@@ -154,6 +154,7 @@ LAYERS = {
     ],
     "systems": [
         "systems.base",
+        "systems.digits",
         "systems.latent_settings",
         "systems.latent_model",
         "systems.latent_estimators",
@@ -169,7 +170,9 @@ LAYERS = {
 }
 ORDER = [file for files in LAYERS.values() for file in files]
 
-HEAVY = {"flax", "gymnasium", "gymnax", "matplotlib", "orbax", "rich", "tyro"}
+HEAVY = {
+    *("flax", "gymnasium", "gymnax", "matplotlib", "orbax", "rich", "sklearn", "tyro")
+}
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 

@@ -110,9 +110,7 @@ def test_the_bound_is_the_log_likelihood_less_the_divergence(settings):
         # The operator's oracle, and calculus on log p(x) - KL, agree on the gradient.
         exact = stochastic.exact_expectation(make_program(settings))
         slope = jax.grad(exact)(params, jax.random.key(0), image)
-        direction = random_params(dataclasses.replace(settings, num_layers=1)) if (
-            settings.num_layers == 1
-        ) else jax.tree.map(jnp.cos, params)
+        direction = jax.tree.map(jnp.cos, params)
 
         def bound_at(step):
             moved = jax.tree.map(lambda x, d: x + step * d, params, direction)
@@ -172,10 +170,10 @@ def furthest(settings, name, number=4000):
         error = each.std(0, ddof=1) / np.sqrt(number)
         return np.max(np.abs(each.mean(0) - truth) / (error + 1e-6))
 
-    each = gradients(jax.random.key(3))
-    return max(map(score, jax.tree.leaves(each), jax.tree.leaves(truth), strict=True)
-               if False else [score(a, b) for a, b in
-               zip(jax.tree.leaves(each), jax.tree.leaves(truth), strict=True)])
+    # Optax's own arithmetic mixes types.
+    with jax.numpy_dtype_promotion("standard"):
+        each = gradients(jax.random.key(3))
+    return max(jax.tree.leaves(jax.tree.map(score, each, truth)))
 
 
 @pytest.mark.parametrize("name", UNBIASED)
@@ -247,7 +245,8 @@ def test_the_command_trains_evaluates_and_draws(digits, tmp_path, capsys):
     words = ["train", "discrete-vae", "--num-updates", "100", "--evaluate-every", "50"]
     words += ["--estimator", "exact", "--num-bits", "2", "--hidden", "0"]
     words += ["--learning-rate", "0.05", "--batch-size", "4", "--name", "a"]
-    assert main([*words, "--runs-dir", str(tmp_path)]) == 0, capsys.readouterr().err
+    with jax.numpy_dtype_promotion("standard"):
+        assert main([*words, "--runs-dir", str(tmp_path)]) == 0, capsys.readouterr().err
     folder = tmp_path / "a"
     (last,) = json.loads((folder / "evaluation.json").read_text())
     assert last["test_bound"] <= last["test_tight_bound"] + 0.05
@@ -264,7 +263,6 @@ def test_the_command_trains_evaluates_and_draws(digits, tmp_path, capsys):
         ({"estimator": "exact", "num_bits": 13}, "2\\^13 codes, needs at most 4096"),
         ({"estimator": "vimco", "num_samples": 1}, "num_samples is 1.*at least 2"),
         ({"estimator": "disarm", "latent": "categorical"}, "needs latent='bernoulli'"),
-        ({"estimator": "leave-one-in"}, "nearest is 'leave-one-out'|leave-one-out"),
         ({"num_values": 1}, "num_values is 1, needs at least 2"),
         ({"hidden": -1}, "hidden is -1"),
         ({"temperature": 0.0}, "temperature is 0.0"),
@@ -281,9 +279,6 @@ def test_what_is_too_large_to_enumerate_is_said():
     params = init_model(settings, jax.random.key(0), 3)
     with pytest.raises(ValueError, match="8192 outcomes"):
         exact_log_likelihood(settings, params, jnp.zeros(3))
-    with pytest.raises(ValueError, match="num_samples is 3, needs 1 or 2"):
-        exact_bound(ONE_LAYER, init_model(ONE_LAYER, jax.random.key(0), 3),
-                    jnp.zeros(3), num_samples=3)
 
 
 def test_a_resumed_state_has_the_types_of_the_first_one(digits):
@@ -292,6 +287,8 @@ def test_a_resumed_state_has_the_types_of_the_first_one(digits):
         settings = Settings(num_bits=2, hidden=0, batch_size=2, estimator=name)
         system = discrete_vae(settings)
         first = jax.eval_shape(system.init, jax.random.key(0))
-        second, _ = jax.eval_shape(system.update, jax.random.key(0), first)
-        jax.tree.map(lambda a, b: (a.dtype, a.weak_type) == (b.dtype, b.weak_type)
-                     or pytest.fail(f"{a} became {b}"), first, second)
+        with jax.numpy_dtype_promotion("standard"):
+            second, _ = jax.eval_shape(system.update, jax.random.key(0), first)
+        kinds = [[(x.dtype, x.weak_type) for x in jax.tree.leaves(s)]
+                 for s in (first, second)]
+        assert kinds[0] == kinds[1]

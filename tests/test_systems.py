@@ -1,9 +1,11 @@
 """Systems: runs of what has no environment, and the data that they read."""
 
 import dataclasses
+import gzip
 import json
 import os
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxpg.cli import main
-from jaxpg.systems import Recipe, RunSettings, System, runs, training
+from jaxpg.systems import Recipe, RunSettings, System, digits, runs, training
 from jaxpg.systems.registry import SYSTEMS
 from jaxpg.train.log import read_rows
 from jaxpg.train.loop import NonFiniteError
@@ -191,3 +193,69 @@ def test_wrong_words_are_told_in_a_line(call, trained, tmp_path):
     ]:
         code, _, err = call(*words)
         assert code in (1, 2) and told in err, (words, err)
+
+
+# --- digits
+
+
+def write_idx(path, array):
+    header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
+    raw = header + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """A folder as MNIST's, with 30 and 10 images of 4 x 5."""
+    for part, number in (("train", 30), ("t10k", 10)):
+        images = np.arange(number * 20).reshape(number, 4, 5) % 256
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte", images)
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", np.arange(number) % 10)
+    return tmp_path
+
+
+def test_the_digits_of_scikit_learn_are_split_by_class():
+    data = digits.load_digits()
+    assert data.train.images.shape == (1438, 8, 8) and len(data.test.labels) == 359
+    for part in data:
+        assert part.images.min() == 0.0 and part.images.max() == 1.0
+        shares = np.bincount(part.labels, minlength=10) / len(part.labels)
+        np.testing.assert_allclose(shares, 0.1, atol=0.004)
+    seen = {image.tobytes() for image in data.train.images}
+    assert not any(image.tobytes() in seen for image in data.test.images)
+    again = digits.load_digits()
+    np.testing.assert_array_equal(again.test.images, data.test.images)
+
+
+def test_mnist_is_read_from_its_files(mnist):
+    data = digits.load_digits(mnist)
+    assert data.train.images.shape == (30, 4, 5) and data.test.images.shape[0] == 10
+    assert data.train.images[1, 0, 2] == np.float32(22 / 255)
+    assert data.test.labels.tolist() == list(range(10))
+
+
+def test_what_is_wrong_with_a_folder_is_told(mnist):
+    name = mnist / "t10k-labels-idx1-ubyte.gz"
+    with pytest.raises(ValueError, match="is no folder; needs one with MNIST's files"):
+        digits.load_digits(mnist / "nowhere")
+    write_idx(name, np.arange(9))
+    with pytest.raises(ValueError, match="10 images but 9 labels in its part 't10k'"):
+        digits.load_digits(mnist)
+    name.write_bytes(gzip.compress(bytes((0, 0, 8, 1, 0, 0, 0, 9)) + b"short"))
+    with pytest.raises(ValueError, match="5 entries, but its header says 9"):
+        digits.load_digits(mnist)
+    name.write_bytes(gzip.compress(b"no digits at all"))
+    with pytest.raises(ValueError, match="no IDX file of unsigned bytes in 1 dim"):
+        digits.load_digits(mnist)
+    name.write_bytes(b"not gzipped")
+    with pytest.raises(ValueError, match="cannot be read"):
+        digits.load_digits(mnist)
+    name.unlink()
+    with pytest.raises(ValueError, match="holds no t10k-labels-idx1-ubyte"):
+        digits.load_digits(mnist)
+
+
+def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match=r"pip install 'jaxpg\[digits\]'"):
+        digits.load_digits()

@@ -8,25 +8,25 @@ every bound is of the same data.
 from typing import NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxpg.systems.digits import load_digits
 from jaxpg.types import PRNGKey
 
 __all__ = ["SIDE", "BinaryDigits", "binarise", "load_binary_digits"]
 
 SIDE = 8
-NUM_TEST = 360
-SPLIT_SEED = 0
+BINARY_SEED = 0
 
 
 class BinaryDigits(NamedTuple):
     """Digits to learn from, and digits to be judged by.
 
     Attributes:
-        intensities: of training images, in [0, 1], [1437, 64].
-        train: the first `NUM_TEST` of them, binarised once.
-        test: binarised once, [360, 64].
+        intensities: of training images, in [0, 1], [N, 64].
+        train: as many of them as there are test images, binarised once.
+        test: binarised once, [M, 64].
     """
 
     intensities: Float[Array, "N P"]
@@ -35,30 +35,20 @@ class BinaryDigits(NamedTuple):
 
 
 def load_binary_digits() -> BinaryDigits:
-    """The digits that ship in scikit-learn, shuffled and split by a fixed seed.
+    """The digits of scikit-learn, one in five of each class held out.
 
     Returns:
         Training and test images.
 
     Raises:
-        ValueError: if scikit-learn is not installed.
+        ImportError: if scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ValueError(
-            "the digits ship in scikit-learn, which is not installed; needs pip "
-            "install 'jaxpg[digits]'"
-        ) from error
-    images = load_digits().data.astype(np.float32) / 16.0
-    images = images[np.random.default_rng(SPLIT_SEED).permutation(len(images))]
-    rest, held_out = images[:-NUM_TEST], images[-NUM_TEST:]
-    keys = jax.random.split(jax.random.key(SPLIT_SEED), 2)
-    return BinaryDigits(
-        jax.numpy.asarray(rest),
-        binarise(keys[0], jax.numpy.asarray(rest[:NUM_TEST])),
-        binarise(keys[1], jax.numpy.asarray(held_out)),
+    train, test = (
+        jnp.asarray(part.images.reshape(len(part.images), -1)) for part in load_digits()
     )
+    key_train, key_test = jax.random.split(jax.random.key(BINARY_SEED))
+    some = train[: len(test)]
+    return BinaryDigits(train, binarise(key_train, some), binarise(key_test, test))
 
 
 def binarise(key: PRNGKey, intensities: Float[Array, "*B P"]) -> Float[Array, "*B P"]:

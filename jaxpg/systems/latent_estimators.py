@@ -28,7 +28,7 @@ from jaxpg.systems.latent_model import (
 from jaxpg.systems.latent_settings import DiscreteVAESettings
 from jaxpg.types import Params, PRNGKey, PyTree
 
-__all__ = ["LatentEstimator", "make_estimator", "samples_of"]
+__all__ = ["LatentEstimator", "make_estimator", "samples_of", "squared_length"]
 
 CRITIC_HIDDEN = 32
 
@@ -191,8 +191,7 @@ def _with_control(
             control = raw | {"temperature": jnp.exp(raw["temperature"])}
             mean_loss = partial(_over_images(loss), shared={"control": control})
             slope, report = jax.grad(mean_loss, has_aux=True)(params, key, images)
-            leaves = jax.tree.leaves(slope)
-            return sum((jnp.sum(x**2) for x in leaves), jnp.zeros(())), (slope, report)
+            return squared_length(slope), (slope, report)
 
         change, (slope, report) = jax.grad(squared, has_aux=True)(state.raw)
         steps, memory = optimizer.update(change, state.optimizer)
@@ -200,6 +199,11 @@ def _with_control(
         return _bound_of(report), slope, state
 
     return LatentEstimator(init, gradient)
+
+
+def squared_length(tree: PyTree) -> Float[Array, ""]:
+    """The sum of the squares of all entries."""
+    return sum((jnp.sum(x**2) for x in jax.tree.leaves(tree)), jnp.zeros(()))
 
 
 def _init_critic(
