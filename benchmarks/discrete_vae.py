@@ -186,7 +186,9 @@ def reference(settings: Settings) -> dict[int, Any]:
 
     @jax.jit
     def advance(state: Any, begin: Any, end: Any) -> Any:
-        step = lambda n, s: system.update(jax.random.fold_in(key, n), s)[0]
+        def step(n, s):
+            return system.update(jax.random.fold_in(key, n), s)[0]
+
         return jax.lax.fori_loop(begin, end, step, state)
 
     state, done, found = jax.jit(system.init)(key), 0, {}

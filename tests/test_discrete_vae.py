@@ -153,8 +153,11 @@ def furthest(settings, name, number=4000):
     @jax.jit
     def gradients(key):
         state = estimator.init(key, images[0])
+
         # What it learns first, it uses in what is tested.
-        step = lambda _, s: estimator.gradient(params, s, key, images)[2]
+        def step(_, s):
+            return estimator.gradient(params, s, key, images)[2]
+
         state = jax.lax.fori_loop(0, 20, step, state)
         keys = jax.random.split(jax.random.key(5), number)
         return jax.vmap(lambda k: estimator.gradient(params, state, k, images)[1])(keys)
@@ -217,7 +220,9 @@ def test_bounds_grow_with_samples_and_stay_under_the_log_likelihood():
     ladder = [bounds(k) for k in (1, 2, 8)]
     tight = [float(mean) for _, mean, _ in ladder]
     errors = [3.5 * float(std) / np.sqrt(len(keys)) for _, _, std in ladder]
-    truth = [float(exact_bound(ONE_LAYER, params, image, num_samples=k)) for k in (1, 2)]
+    truth = [
+        float(exact_bound(ONE_LAYER, params, image, num_samples=k)) for k in (1, 2)
+    ]
     assert abs(tight[0] - truth[0]) < errors[0] and tight[0] == ladder[0][0]
     assert abs(tight[1] - truth[1]) < errors[1]
     assert abs(ladder[2][0] - truth[0]) < errors[0]
@@ -289,6 +294,8 @@ def test_a_resumed_state_has_the_types_of_the_first_one(digits):
         first = jax.eval_shape(system.init, jax.random.key(0))
         with jax.numpy_dtype_promotion("standard"):
             second, _ = jax.eval_shape(system.update, jax.random.key(0), first)
-        kinds = [[(x.dtype, x.weak_type) for x in jax.tree.leaves(s)]
-                 for s in (first, second)]
+        kinds = [
+            [(x.dtype, x.weak_type) for x in jax.tree.leaves(s)]
+            for s in (first, second)
+        ]
         assert kinds[0] == kinds[1]

@@ -144,9 +144,6 @@ def _controlled(
         params: Params, key: PRNGKey, *inputs: PyTree, control: PyTree = DEFAULT_CONTROL
     ) -> tuple[Float[Array, ""], Report]:
         control = _checked(control, critic)
-        # Split off before the program has the key: what it folds in or splits from its
-        # own may be any number, and noise drawn given a draw must be fresh.
-        key, key_fresh = jax.random.split(key)
         run, taken, _ = start(params, key, inputs)
         # In the relaxed runs only logits and control are differentiated.
         held = jax.lax.stop_gradient(params)
@@ -154,7 +151,7 @@ def _controlled(
         total = with_scores(run, but=taken)
         for number, name in enumerate(taken):
             variate = _variate(name, run, again, critic, control, inputs)
-            fresh = jax.random.fold_in(key_fresh, number)
+            fresh = jax.random.fold_in(key, number)
             total = total + _carried(name, run, variate, fresh)
         return total, report_of(run.record, run.signals)
 

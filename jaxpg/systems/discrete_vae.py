@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxpg.systems.base import System
 from jaxpg.systems.latent_data import SIDE, BinaryDigits, binarise, load_binary_digits
-from jaxpg.systems.latent_estimators import make_estimator, squared_length
+from jaxpg.systems.latent_estimators import make_estimator
 from jaxpg.systems.latent_model import (
     draw_image,
     exact_log_likelihood,
@@ -95,7 +95,7 @@ def discrete_vae(
         )
         steps, memory = optimizer.update(gradient, state.optimizer)
         params = optax.apply_updates(state.params, steps)
-        info = {"bound": bound, "grad_norm": jnp.sqrt(squared_length(gradient))}
+        info = {"bound": bound, "grad_norm": optax.tree.norm(gradient)}
         return DiscreteVAEState(params, memory, learned), info
 
     def evaluate(key: PRNGKey, state: DiscreteVAEState) -> dict[str, Array]:

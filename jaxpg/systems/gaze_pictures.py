@@ -82,9 +82,7 @@ def _draw_path(axis: Any, image: np.ndarray, places: np.ndarray, window: int) ->
     axis.plot(columns[1:-1], rows[1:-1], "o", color=_PATH, ms=3)
     axis.plot(columns[-1:], rows[-1:], "o", color=_PATH, ms=6)
     corner = columns[-1] - window / 2, rows[-1] - window / 2
-    axis.add_patch(
-        Rectangle(corner, window, window, fill=False, ec=_WINDOW, lw=1.4)
-    )
+    axis.add_patch(Rectangle(corner, window, window, fill=False, ec=_WINDOW, lw=1.4))
     axis.set_xlim(-0.5, image.shape[1] - 0.5)
     axis.set_ylim(image.shape[0] - 0.5, -0.5)
     axis.set_xticks([])

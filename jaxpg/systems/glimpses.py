@@ -146,9 +146,7 @@ def make_eye(
 
         def remember(memory: Array, place: Array) -> Array:
             seen = what(look(canvas, place, size, scales).reshape(-1))
-            return core.remember(
-                memory, core.project(jax.nn.relu(seen + where(place)))
-            )
+            return core.remember(memory, core.project(jax.nn.relu(seen + where(place))))
 
         def move(carry: tuple[Array, Array], key: PRNGKey) -> Any:
             memory, place = carry

@@ -312,7 +312,9 @@ def _convolutional(settings: HardAttentionSettings) -> tuple[Any, Any]:
     side = ((settings.canvas - 4) // 2 - 2) // 2
     shapes = {"first": (25, 16), "second": (9 * 16, 32)}
     parts = {
-        name: split_module(lambda rngs, s=s: mlp(s[0], (), s[1], rngs=rngs, output_scale=1.4))
+        name: split_module(
+            lambda rngs, s=s: mlp(s[0], (), s[1], rngs=rngs, output_scale=1.4)
+        )
         for name, s in shapes.items()
     }
     parts["head"] = split_module(

@@ -28,7 +28,7 @@ from jaxpg.systems.latent_model import (
 from jaxpg.systems.latent_settings import DiscreteVAESettings
 from jaxpg.types import Params, PRNGKey, PyTree
 
-__all__ = ["LatentEstimator", "make_estimator", "samples_of", "squared_length"]
+__all__ = ["LatentEstimator", "make_estimator", "samples_of"]
 
 CRITIC_HIDDEN = 32
 
@@ -130,7 +130,9 @@ def _with_level(
     samples = samples_of(settings)
 
     def init(key: PRNGKey, image: Array) -> PyTree:
-        return level.init(key, {name: jnp.zeros(()) for name in _nodes(settings)}, image)
+        return level.init(
+            key, {name: jnp.zeros(()) for name in _nodes(settings)}, image
+        )
 
     def gradient(params: Params, state: PyTree, key: PRNGKey, images: Array) -> Any:
         levels, scales = jax.vmap(level.predict, (None, 0))(state, images)
@@ -140,7 +142,9 @@ def _with_level(
         # A baseline is fitted to single runs, so each run of an image is a datum; all
         # draws of one layer have the same credit.
         runs = images.shape[0] * samples
-        credits = {name: x.reshape(runs, -1)[:, 0] for name, x in report.credits.items()}
+        credits = {
+            name: x.reshape(runs, -1)[:, 0] for name, x in report.credits.items()
+        }
         state = level.fit(state, credits, jnp.repeat(images, samples, axis=0))
         return _bound_of(report), slope, state
 
@@ -191,7 +195,7 @@ def _with_control(
             control = raw | {"temperature": jnp.exp(raw["temperature"])}
             mean_loss = partial(_over_images(loss), shared={"control": control})
             slope, report = jax.grad(mean_loss, has_aux=True)(params, key, images)
-            return squared_length(slope), (slope, report)
+            return optax.tree.norm(slope, squared=True), (slope, report)
 
         change, (slope, report) = jax.grad(squared, has_aux=True)(state.raw)
         steps, memory = optimizer.update(change, state.optimizer)
@@ -199,11 +203,6 @@ def _with_control(
         return _bound_of(report), slope, state
 
     return LatentEstimator(init, gradient)
-
-
-def squared_length(tree: PyTree) -> Float[Array, ""]:
-    """The sum of the squares of all entries."""
-    return sum((jnp.sum(x**2) for x in jax.tree.leaves(tree)), jnp.zeros(()))
 
 
 def _init_critic(

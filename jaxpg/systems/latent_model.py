@@ -110,7 +110,9 @@ def make_program(settings: DiscreteVAESettings) -> stochastic.Program:
     ) -> Float[Array, ""]:
         below, prior = image, _layer(settings, params["prior"])
         for number, key in enumerate(jax.random.split(key, settings.num_layers)):
-            posterior = _layer(settings, apply_network(params["inference"][number], below))
+            posterior = _layer(
+                settings, apply_network(params["inference"][number], below)
+            )
             draw = stochastic.sample(key, posterior, name=f"layer_{number + 1}")
             code = jnp.reshape(draw, -1).astype(image.dtype)
             is_image = number == 0
@@ -247,7 +249,10 @@ def draw_image(
 
 
 def reconstruct(
-    settings: DiscreteVAESettings, params: Params, key: PRNGKey, image: Float[Array, "P"]
+    settings: DiscreteVAESettings,
+    params: Params,
+    key: PRNGKey,
+    image: Float[Array, "P"],
 ) -> Float[Array, "P"]:
     """What generation makes of one code that inference drew for an image.
 
