@@ -144,6 +144,8 @@ def _controlled(
         params: Params, key: PRNGKey, *inputs: PyTree, control: PyTree = DEFAULT_CONTROL
     ) -> tuple[Float[Array, ""], Report]:
         control = _checked(control, critic)
+        # Not folded into the program's own key: split(key)[i] is fold_in(key, i).
+        key, key_control = jax.random.split(key)
         run, taken, _ = start(params, key, inputs)
         # In the relaxed runs only logits and control are differentiated.
         held = jax.lax.stop_gradient(params)
@@ -151,7 +153,7 @@ def _controlled(
         total = with_scores(run, but=taken)
         for number, name in enumerate(taken):
             variate = _variate(name, run, again, critic, control, inputs)
-            fresh = jax.random.fold_in(key, number)
+            fresh = jax.random.fold_in(key_control, number)
             total = total + _carried(name, run, variate, fresh)
         return total, report_of(run.record, run.signals)
 

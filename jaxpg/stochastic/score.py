@@ -15,7 +15,7 @@ REINFORCE samples, get a baseline for free!" (leave-one-out).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def score_function(
     *,
     num_samples: int | None = None,
     leave_one_out: bool = False,
-    order: Literal["first", "any"] = "first",
+    order: str = "first",
     has_aux: bool = False,
     rule: DrawRule | None = None,
 ) -> Loss:
