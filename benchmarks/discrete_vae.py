@@ -2,7 +2,7 @@
 
     python benchmarks/discrete_vae.py                 everything, about ten minutes
     python benchmarks/discrete_vae.py --only bias     one part: learning, variance, bias
-    python benchmarks/discrete_vae.py --draw          the pictures again, of what is stored
+    python benchmarks/discrete_vae.py --draw          pictures again, of what is stored
 
 learning    every estimator trains every model, three seeds side by side
 variance    gradients of every estimator at the same parameters, those of one run that

@@ -50,8 +50,8 @@ def num_features(settings: DiscreteVAESettings) -> int:
     Returns:
         Bits, or values of all groups.
 
-    >>> num_features(DiscreteVAESettings(latent="categorical", num_groups=2, num_values=5))
-    10
+    >>> num_features(DiscreteVAESettings(latent="categorical", num_groups=2))
+    16
     """
     if settings.latent == "bernoulli":
         return settings.num_bits
@@ -109,11 +109,12 @@ def make_program(settings: DiscreteVAESettings) -> stochastic.Program:
         params: Params, key: PRNGKey, image: Float[Array, "P"]
     ) -> Float[Array, ""]:
         below, prior = image, _layer(settings, params["prior"])
-        for number, key in enumerate(jax.random.split(key, settings.num_layers)):
+        keys = jax.random.split(key, settings.num_layers)
+        for number, key_draw in enumerate(keys):
             posterior = _layer(
                 settings, apply_network(params["inference"][number], below)
             )
-            draw = stochastic.sample(key, posterior, name=f"layer_{number + 1}")
+            draw = stochastic.sample(key_draw, posterior, name=f"layer_{number + 1}")
             code = jnp.reshape(draw, -1).astype(image.dtype)
             is_image = number == 0
             seen = apply_network(params["generation"][number], code)
@@ -191,8 +192,8 @@ def exact_bound(
         return -jnp.sum(jnp.exp(log_q) * cost)
     if num_samples != 2:
         raise ValueError(
-            f"num_samples is {num_samples}, needs 1 or 2: the codes of more samples are "
-            "too many; use importance_weighted_bound"
+            f"num_samples is {num_samples}, needs 1 or 2: the codes of more "
+            "samples are too many; use importance_weighted_bound"
         )
     both = jnp.logaddexp(-cost[:, None], -cost[None, :]) - jnp.log(2.0)
     return jnp.einsum("i,j,ij->", jnp.exp(log_q), jnp.exp(log_q), both)
