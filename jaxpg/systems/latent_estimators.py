@@ -182,7 +182,7 @@ def _with_control(
     optimizer = optax.adam(settings.control_learning_rate)
 
     def init(key: PRNGKey, image: Array) -> _ControlState:
-        temperature = jnp.log(jnp.full((), settings.temperature))
+        temperature = jnp.log(settings.temperature * jnp.ones(()))
         raw = {"scale": jnp.ones(()), "temperature": temperature}
         if with_critic:
             raw["critic"] = _init_critic(settings, key, image.shape[0])
