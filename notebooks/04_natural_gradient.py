@@ -51,12 +51,12 @@ plt.style.use("tableau-colorblind10")
 plt.rcParams.update({"figure.constrained_layout.use": True, "figure.dpi": 90})
 
 quick = "JAXPG_QUICK" in os.environ
-num_episodes = 16 if quick else 256
-num_steps = 1 if quick else 6
+num_episodes = 16 if quick else 64
+num_steps = 1 if quick else 4
 num_points = 5 if quick else 41
 names = ("reinforce",) if quick else ("reinforce", "npg", "trpo")
 num_seeds = 1 if quick else 5
-num_updates = 2 if quick else 40
+num_updates = 2 if quick else 20
 max_steps = 20 if quick else 200
 
 # %% [markdown]
@@ -131,11 +131,12 @@ starts = jnp.array([[0.02, 0.02, 0.96], [0.02, 0.5, 0.48], [0.02, 0.96, 0.02]])
 
 follow = jax.jit(jax.vmap(flow, (None, 0)), static_argnums=0)
 figure, axes = plt.subplots(2, 2, sharex=True, sharey=True, figsize=(7.5, 7))
-fields = {}
+fields, speeds = {}, {}
 for row, (kind, gradient) in zip(axes, GRADIENTS.items(), strict=True):
     for axis, (name, pair) in zip(row, PARAMETRISATIONS.items(), strict=True):
         velocity = velocity_of(gradient, *pair)
         moves, paths = follow(velocity, jnp.concatenate([starts, points]))
+        speeds[kind, name] = jnp.linalg.norm(moves, axis=1)
         field = fields[kind, name] = np.asarray(moves[len(starts) :])
         axis.quiver(*points[:, :2].T, *field[:, :2].T, color="C0", angles="xy")
         for path in paths[: len(starts)]:
@@ -144,8 +145,8 @@ for row, (kind, gradient) in zip(axes, GRADIENTS.items(), strict=True):
         axis.plot([0, 1, 0, 0], [0, 0, 1, 0], color="grey", lw=0.8)
         axis.set_title(f"{kind}, {name}", fontsize=10)
         axis.set_aspect("equal")
-figure.supxlabel("probability of the action that pays 1", fontsize=10)
-figure.supylabel("probability of the action that pays 0.8", fontsize=10)
+figure.supxlabel("probability of the best action", fontsize=10)
+figure.supylabel("probability of the second-best action", fontsize=10)
 for axis in axes.flat:
     axis.set(xlabel=" ", ylabel=" ")
 plt.show()
@@ -154,23 +155,28 @@ for kind in GRADIENTS:
     one, other = (fields[kind, name] for name in PARAMETRISATIONS)
     gap = np.abs(one - other).max() / np.abs(one).max()
     print(f"{kind:>8}: fields differ by up to {gap:.1e} of their largest entry")
+for (kind, name), speed in speeds.items():
+    share = float(speed[0] / speed.max())
+    print(f"{kind:>8}, {name}: speed at the lowest start {share:.4f} of the largest")
 
 # %% [markdown]
 # Above: the plain gradient moves one and the same policy elsewhere when its parameters
-# are renamed. Below: the natural gradient does not, but for rounding. Near a corner the
-# plain arrows vanish more quickly than the natural ones: a policy that is nearly sure
-# of a bad action learns of a better one slowly.
+# are renamed. Below: the natural gradient does not, but for rounding. And near a corner
+# plain arrows vanish sooner than natural ones: a policy that is nearly sure of a bad
+# action is slow to leave it. (Lines show where the arrows lead, not how fast; an arrow's
+# length can be compared within a panel only.)
 #
 # ## A step of TRPO
 #
 # A direction has no length. TRPO takes the one whose KL is `max_kl` if the KL were the
 # parabola above, then shortens it until the *measured* KL is within the limit and the
-# surrogate, the mean of $\frac{\pi_{\theta+d}}{\pi_\theta} A$, has risen. Here on a
-# batch of CartPole, with a limit so wide that the first try fails.
+# surrogate, the mean of $\frac{\pi_{\theta+d}}{\pi_\theta} A$, has risen. Here a
+# policy for CartPole takes a few such steps with a wide limit, and the last one is
+# looked at.
 
 # %%
-max_kl, shrink = 0.2, 0.7
-env = jaxpg.envs.make("CartPole-v1", max_steps=100)
+max_kl, shrink = 0.05, 0.7
+env = jaxpg.envs.make("CartPole-v1")
 policy = jaxpg.mlp_policy(env.observation_space, env.action_space, hidden=(16,))
 task = jaxpg.make_task(env, policy)
 config = jaxpg.EstimatorConfig(baseline="time-dependent")
@@ -267,7 +273,17 @@ axes[2].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# TODO
+# Left: the KL grows faster than its parabola, so the full step is refused and a shorter
+# one is taken. Middle: far out the surrogate gains less than its slope promises, and
+# the search would also refuse a step with which it falls. Right: for the same KL the
+# natural direction gains more than the plain one.
+#
+# ## CartPole
+#
+# Three algorithms against the decisions that they take, several seeds each: lines are
+# medians, bands go from the worst seed to the best. REINFORCE steps with Adam. Its rate
+# and the KL of NPG are the ones that the grids of `benchmarks/sample_efficiency.py`
+# chose, with longer episodes.
 
 # %%
 GOAL = 0.9
@@ -296,15 +312,16 @@ def learn(name):
 
 env = jaxpg.envs.make("CartPole-v1", max_steps=max_steps)
 figure, axis = plt.subplots(figsize=(6.5, 3.8))
-for name, style in zip(names, ("-", "--", ":"), strict=False):
+styles = (("-", "C0"), ("--", "C1"), (":", "C3"))
+for name, (style, color) in zip(names, styles, strict=False):
     taken, returns = learn(name)
     common = np.linspace(taken[0].max(), taken[-1].min(), 60)
     curves = [
         np.interp(common, *curve) for curve in zip(taken.T, returns.T, strict=True)
     ]
     low, middle, high = np.percentile(curves, (0, 50, 100), axis=0)
-    (line,) = axis.plot(common, middle, style, lw=2, label=name)
-    axis.fill_between(common, low, high, color=line.get_color(), alpha=0.15, lw=0)
+    axis.plot(common, middle, style, color=color, lw=2, label=name)
+    axis.fill_between(common, low, high, color=color, alpha=0.15, lw=0)
     reached = common[middle >= GOAL * max_steps]
     when = f"after {reached[0]:.0f} decisions" if len(reached) else "not"
     print(f"{name:>10}: median return of {GOAL:.0%} of the longest {when}")
@@ -314,4 +331,8 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# TODO2
+# REINFORCE with Adam and a rate found by a grid keeps pace with NPG: here the natural
+# direction itself buys no speed. What it buys is a step size with a meaning, so many
+# nats a decision, that does not depend on the names of the parameters. TRPO comes later
+# on this axis; one reason is that it takes the same number of decisions for each update,
+# where the short episodes of a beginner let the other two update several times.
