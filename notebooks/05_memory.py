@@ -65,8 +65,8 @@ num_updates = 1 if quick else 60
 #
 # The mine of notebook 1, in the dark: its two places are mistaken for each other now
 # and then, and a day has few decisions. A table of logits is the most general policy
-# that there is over whatever it is indexed by: the observation, the number of decisions so far,
-# or all observations so far. A small GRU has to find out what to keep.
+# that there is over whatever it is indexed by: the observation, the number of decisions
+# so far, or all observations so far. A small GRU has to find out what to keep.
 #
 # Nothing is sampled: `enumerated_return` is $J$, of policies with memory too, and its
 # gradient is followed from several random starts.
