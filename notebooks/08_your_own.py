@@ -115,18 +115,18 @@ def play(state, action):
 
 key, jitted_step = jax.random.key(0), jax.jit(env.step)
 state, obs = env.reset(key)
-print("reset and step are functions of their arguments alone:", end=" ")
-print(same(env.reset(key), (state, obs)), end=" ")
-print(same(jitted_step(key, state, 1), jitted_step(key, state, 1)))
-print("observations are of their space:", env.observation_space.contains(obs))
+again = same(env.reset(key), (state, obs))
+stepped = same(jitted_step(key, state, 1), jitted_step(key, state, 1))
+print(f"functions of their arguments alone: reset {again}, step {stepped}")
+print(f"observations are of their space: {env.observation_space.contains(obs)}")
 
-count, output = play(state, 0)
-print(f"doing nothing: {count} decisions, truncated {output.truncated}", end=", ")
-print(f"terminated {output.terminated}")
-left_of_the_hole = Puck(jnp.array([-0.7, 0.0]), jnp.zeros(2))
-count, output = play(state._replace(inner=left_of_the_hole), 1)
-print(f"into the hole: {count} decisions, truncated {output.truncated}", end=", ")
-print(f"terminated {output.terminated}")
+left_of_the_hole = state._replace(inner=Puck(jnp.array([-0.7, 0.0]), jnp.zeros(2)))
+for what, start, action in (
+    ("doing nothing", state, 0),
+    ("into the hole", left_of_the_hole, 1),
+):
+    count, (_, _, terminated, truncated) = play(start, action)
+    print(f"{what}: {count} decisions, truncated {truncated}, terminated {terminated}")
 
 states, many = jax.vmap(env.reset)(jax.random.split(key, 1000))
 actions = jax.random.randint(key, (1000,), 0, 5)
@@ -245,14 +245,14 @@ right.legend()
 plt.show()
 for name, (_, (returns, shares)) in results.items():
     last = ", ".join(f"{x:.2f}" for x in returns[:, -1])
-    print(f"{name:>15}: last mean returns {last}", end="; ")
-    print(f"goal reached in {100 * shares[:, -1, 0].mean():.0f}%")
+    reached = 100 * shares[:, -1, 0].mean()
+    print(f"{name:>15}: last mean returns {last}; goal reached in {reached:.0f}%")
 
 # %% [markdown]
 # Each line is a seed. Both networks learn alike: they differ only in their first
 # weights, which are drawn from the same law. Right: at first the clock stops most
-# episodes. Fear of the hole is learned before the way to the goal, and makes still more
-# of them last until the limit.
+# episodes. To stay out of the hole is learned before the way to the goal, and lets
+# still more of them last until the limit.
 #
 # ## What was learned
 #
@@ -261,13 +261,20 @@ for name, (_, (returns, shares)) in results.items():
 
 # %%
 first_seed = jax.tree.map(lambda x: x[0], results["plain functions"][0])
+
+
+@jax.jit
+def play_many(params):
+    return jaxpg.rollout_episodes(
+        env, plain, params, jax.random.key(2), jnp.arange(24), keep_next_obs=True
+    )
+
+
 figure, axes = plt.subplots(1, 2, sharey=True, figsize=(8, 4))
 for axis, weights, title in zip(
     axes, (params, first_seed), ("before", "after"), strict=True
 ):
-    rows = jaxpg.rollout_episodes(
-        env, plain, weights, jax.random.key(2), jnp.arange(24), keep_next_obs=True
-    )
+    rows = play_many(weights)
     axis.add_patch(plt.Circle(HOLE, HOLE_RADIUS, color="black", label="hole"))
     axis.add_patch(plt.Circle(GOAL, GOAL_RADIUS, color="C2", alpha=0.5, label="goal"))
     for way, mask in zip(rows.next_obs[..., :2], rows.mask, strict=True):

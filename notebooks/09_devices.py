@@ -48,7 +48,7 @@ plt.rcParams.update({"figure.constrained_layout.use": True, "figure.dpi": 90})
 quick = "JAXPG_QUICK" in os.environ
 device_counts = (1, 4) if quick else (1, 2, 4)
 num_updates = 2 if quick else 15
-batch_sizes = (64, 256) if quick else (256, 4096, 65536)
+batch_sizes = (128, 256) if quick else (256, 4096, 65536)
 ways = ("batch at once", "streamed")
 ways = ways if quick else (*ways, "batch, gradient in chunks")
 print("at least four devices:", jax.device_count() >= 4)
@@ -133,10 +133,8 @@ if not quick:
     texts[larger.num_envs] = compile_for(several, larger)[1].as_text()
 for num_envs, text in texts.items():
     others = re.findall(r" (?:all-gather|all-to-all|collective-permute)\b.*\(", text)
-    print(
-        f"{num_envs} environments: numbers in each all-reduce {exchanges(text)}", end=""
-    )
-    print(f", other exchanges: {len(others)}")
+    sizes = f"numbers in each all-reduce {exchanges(text)}"
+    print(f"{num_envs} environments: {sizes}, other exchanges {len(others)}")
 print(f"numbers in the policy: {num_params}")
 
 num_episodes = config.num_envs * config.algorithm.episodes_per_env
@@ -225,8 +223,8 @@ ids = jnp.arange(batch_sizes[0], dtype=jnp.int32)
 whole, parts = (programs[way, ids.size](params, key, ids) for way in ways[:2])
 gaps = jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y))), whole, parts)
 sizes = jax.tree.map(lambda x: float(jnp.max(jnp.abs(x))), whole)
-print(f"largest difference {max(jax.tree.leaves(gaps)):.0e}", end=" ")
-print(f"in a gradient of up to {max(jax.tree.leaves(sizes)):.0e}")
+gap, size = max(jax.tree.leaves(gaps)), max(jax.tree.leaves(sizes))
+print(f"largest difference {gap:.0e} in a gradient of up to {size:.0e}")
 
 # %% [markdown]
 # What a stored batch needs grows with it; the streamed gradient's line is flat, and the
