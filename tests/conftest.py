@@ -4,6 +4,7 @@ Shape annotations are checked by beartype while the tests import jaxpg, and only
 users pay nothing for them.
 """
 
+import collections
 import os
 from importlib.metadata import version
 
@@ -34,6 +35,19 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 _hook = install_import_hook("jaxpg", "shape_checker.check")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a table marked `thinned(n)` one row in n is for every day, the rest exhaustive."""
+    seen = collections.Counter()
+    for item in items:
+        mark = item.get_closest_marker("thinned")
+        if mark is not None:
+            test = (item.path, item.originalname)
+            if seen[test] % mark.args[0]:
+                item.add_marker(pytest.mark.exhaustive)
+            seen[test] += 1
 
 
 @pytest.fixture

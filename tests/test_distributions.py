@@ -94,6 +94,7 @@ def numpyro_twin(policy):
     return dist.TransformedDistribution(base, squash)
 
 
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
 @pytest.mark.parametrize("size", [1, 2, 9])
 @pytest.mark.parametrize(
@@ -368,6 +369,7 @@ def invert(logits, u):
     return np.asarray(jax.jit(discrete._invert_cdf, compiler_options=fast)(rows, u))
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("masked", MASKS)
 @pytest.mark.parametrize("num_actions", [1, 2, 4, 32, 33, 1000])
 def test_masked_actions_are_never_drawn(num_actions, masked):

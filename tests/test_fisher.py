@@ -289,6 +289,7 @@ def test_over_all_paths_it_is_the_oracles_matrix(make_mdp, form, float64):
 CUTS = [Chunks(3), Chunks(7), Chunks(15), Chunks(10**6), Chunks(7, cut_rows=True)]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("chunks", CUTS)
 @pytest.mark.parametrize("per", COUNTED)
 @forms
@@ -464,6 +465,7 @@ def all_paths(mdp, policy, params, discount):
     return rows, chances, returns
 
 
+@pytest.mark.thinned(5)
 @worlds
 @pytest.mark.parametrize("discount", [1.0, 0.7])
 @pytest.mark.parametrize("damping", [0.0, 0.2])

@@ -213,6 +213,7 @@ def decide(policy, params, obs, key):
     return action, distribution.log_prob(action), distribution
 
 
+@pytest.mark.thinned(3)
 def test_one_decision(case):
     door, policy, params, obs = case
     first = jax.tree.map(lambda x: x[0], obs)
@@ -328,6 +329,7 @@ def test_every_parameter_has_a_gradient(case):
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradient))
 
 
+@pytest.mark.thinned(3)
 def test_init_and_step_over_seeds_equal_separate_calls(case):
     _, policy, _, obs = case
     keys = jax.random.split(jax.random.key(3), 3)

@@ -418,7 +418,10 @@ def several():
         return config, run, run(config)
 
 
-@pytest.mark.parametrize(("chunk_size", "num_devices"), [(3, 1), (None, 8), (2, 8)])
+@pytest.mark.parametrize(
+    ("chunk_size", "num_devices"),
+    [(3, 1), pytest.param(None, 8, marks=pytest.mark.exhaustive), (2, 8)],
+)
 def test_chunks_and_devices_change_nothing(several, chunk_size, num_devices):
     config, run, expected = several
     found = run(change(config, chunk_size=chunk_size), num_devices)

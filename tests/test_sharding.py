@@ -78,7 +78,11 @@ def assert_updates_agree(rtol, config):
 
 @pytest.mark.parametrize(
     "config",
-    [CONFIG, ReinforceConfig(chunk_size=None, baseline="batch-mean", standardize=True)],
+    [
+        # test_devices has it for every algorithm.
+        pytest.param(CONFIG, marks=pytest.mark.exhaustive),
+        ReinforceConfig(chunk_size=None, baseline="batch-mean", standardize=True),
+    ],
     ids=["default", "whole-batch statistics"],
 )
 def test_one_update_equals_one_devices_in_float64(config, float64):
