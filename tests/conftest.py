@@ -39,7 +39,7 @@ _hook = install_import_hook("jaxpg", "shape_checker.check")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a table marked `thinned(n)` one row in n is for every day, the rest exhaustive."""
+    """Of a table marked `thinned(n)` one row in n is for every day."""
     seen = collections.Counter()
     for item in items:
         mark = item.get_closest_marker("thinned")
