@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import jaxpg
@@ -23,12 +24,21 @@ def code_blocks(language):
 
 
 def test_its_program_runs_and_learns(capsys):
-    (program,) = code_blocks("python")
+    program, _ = code_blocks("python")
     assert len(ast.parse(program).body) <= 12
     exec(compile(program, "README.md", "exec"), {})
     printed = re.fullmatch(r"mean episode length (\d+)\n", capsys.readouterr().out)
     assert printed is not None
     assert int(printed[1]) > 200, "a random policy falls after about 22 decisions"
+
+
+def test_its_program_beyond_control_runs():
+    _, program = code_blocks("python")
+    names = {}
+    exec(compile(program, "README.md", "exec"), names)
+    gradient, report = names["gradient"], names["report"]
+    assert all(bool(jax.numpy.any(x != 0.0)) for x in jax.tree.leaves(gradient))
+    assert report.credits["bits"].shape == (8,)
 
 
 def test_its_two_commands_are_one_line_each():
