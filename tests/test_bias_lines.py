@@ -58,7 +58,13 @@ NO_ESTIMATORS = {
     "credit": {"held_finite", "mean_credit"},
     "eligibility": {"gpomdp_init", "merge_means"},
     "estimators": {"make_baseline", "make_estimator", "summarize_batch"},
-    "gradients": {"check_rows", "map_plainly", "sum_over_chunks", "weigh"},
+    "gradients": {
+        "check_rows",
+        "map_over_chunks",
+        "map_plainly",
+        "sum_over_chunks",
+        "weigh",
+    },
     "groups": {"group_index"},
     "importance": {
         "effective_sample_size",

@@ -180,6 +180,7 @@ def furthest(settings, name, number=4000):
 
 
 @pytest.mark.parametrize("name", UNBIASED)
+@pytest.mark.thinned(4)
 def test_the_mean_of_an_unbiased_estimator_is_the_exact_gradient(name):
     # At most 32 entries: the largest of as many normal ones is above 4.5 in one of 4600
     # runs, and the keys are fixed.

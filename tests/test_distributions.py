@@ -209,6 +209,7 @@ def test_kl_curves_like_the_fisher_information(kind, float64):
 @pytest.mark.parametrize("masked", MASKS)
 @pytest.mark.parametrize("source", ["logits", "where"])
 @pytest.mark.parametrize("num_actions", [5, 11])  # both ways of log_prob
+@pytest.mark.thinned(5)
 def test_second_derivatives_pass_masked_actions_by(num_actions, source, masked):
     """What TRPO's Fisher-vector product does, against diag(p) - p pᵀ of the rest."""
     kept = np.arange(num_actions) % 4 != 0

@@ -191,6 +191,7 @@ def test_fisher_matrix_is_the_mean_of_squared_scores(make_mdp):
 
 @worlds
 @pytest.mark.parametrize("damping", [0.0, 0.3])
+@pytest.mark.thinned(3)
 def test_natural_gradient_solves_its_equation(make_mdp, damping):
     mdp, policy, params = set_up(make_mdp)
     natural = exact.natural_gradient(mdp, policy, params, 0.9, damping)

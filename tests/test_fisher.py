@@ -221,6 +221,7 @@ def columns(product, params):
 
 @policies
 @forms
+@pytest.mark.thinned(3)
 def test_both_forms_are_the_mean_of_squared_scores(name, form, float64):
     unroll, rows, params = POLICIES[name], batch(), make_params()
     expected = sum_of_squared_scores(unroll, params, rows)

@@ -230,6 +230,7 @@ def test_observations_of_higher_rank_and_trees():
 
 @pytest.mark.parametrize("cut_rows", [False, True])
 @pytest.mark.parametrize("size", range(1, 3 * 4 + 2))
+@pytest.mark.thinned(5)
 def test_every_chunk_size_gives_the_whole(size, cut_rows, float64):
     rows, weights = jax.tree.map(lambda x: x[:3, :4], gaussian_batch())
     mean = jnp.array(0.3)
@@ -244,6 +245,7 @@ def test_every_chunk_size_gives_the_whole(size, cut_rows, float64):
 
 @pytest.mark.parametrize("cut_rows", [False, True])
 @pytest.mark.parametrize("size", [1, 7, 13, 64])
+@pytest.mark.thinned(3)
 def test_chunks_of_a_real_network_in_rows_of_prime_length(size, cut_rows):
     fn, params, rows, weights = mlp_batch(num_rows=3, length=13)
     whole = quick(lambda: score_gradient(fn, params, rows, weights))()

@@ -239,6 +239,7 @@ def test_random_glimpses_are_anywhere_and_owe_nothing_to_the_network():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_learns_on_tiny_canvases(tmp_path):
     """Digits of 8 x 8 on 10 x 10, no clutter: far above chance in a few seconds."""
     settings = HardAttentionSettings(

@@ -73,6 +73,7 @@ def step_by_step(network, params, carry, obs, starts):
 @pytest.mark.parametrize(
     "starts", [[1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 1], [0] * 6, [1] * 6]
 )
+@pytest.mark.thinned(3)
 def test_step_and_unroll_agree_across_episodes(case, starts):
     network, params, obs = case
     starts = jnp.array(starts, bool)

@@ -249,6 +249,7 @@ HISTORIES = [[0, 1, 2, 3, 4], [0, 1, 0, 0, 1], [7, 8, 0, 1, 2]]
 """Decisions since the start: one episode, several, and a row that begins in one."""
 
 
+@pytest.mark.thinned(3)
 def test_step_and_unroll_agree_decision_by_decision(case):
     door, policy, params, obs = case
     play, log_probs = player(policy, params), quick(log_prob_fn(policy))

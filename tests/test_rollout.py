@@ -137,6 +137,7 @@ def test_one_per_row(one_per_row):
 
 
 @pytest.mark.parametrize("num_slots", range(1, N + 1))
+@pytest.mark.thinned(4)
 def test_any_number_of_slots_samples_the_same_episodes(one_per_row, num_slots):
     packed = sample(range(N), num_slots)
     assert packed.mask.shape == (num_slots, -(-N // num_slots) * MAX_STEPS)

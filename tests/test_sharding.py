@@ -89,6 +89,7 @@ def test_one_update_equals_one_devices_in_float64(config, float64):
     assert_updates_agree(1e-10, config)
 
 
+@pytest.mark.exhaustive
 def test_one_update_equals_one_devices_in_float32():
     assert_updates_agree(1e-5, CONFIG)
 

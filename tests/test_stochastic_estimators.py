@@ -156,17 +156,18 @@ def test_the_slope_of_the_squared_gradient_is_the_variance_s(monkeypatch, float6
 
 SAMPLED = {
     "disarm, two layers": (stochastic.disarm(two_layers), two_layers, LAYERS),
+    "arm, two layers": (stochastic.arm(two_layers), two_layers, LAYERS),
+    "rebar, two layers": (stochastic.rebar(two_layers), two_layers, LAYERS),
     "disarm, first layer": (
         stochastic.disarm(two_layers, nodes=["a"]),
         two_layers,
         LAYERS,
     ),
-    "arm, two layers": (stochastic.arm(two_layers), two_layers, LAYERS),
-    "rebar, two layers": (stochastic.rebar(two_layers), two_layers, LAYERS),
     "rebar, one-hot": (stochastic.rebar(one_hot), one_hot, VECTOR),
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", SAMPLED)
 def test_sampled_means_agree_with_the_exact_gradient(name):
     loss, program, params = SAMPLED[name]

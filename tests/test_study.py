@@ -231,6 +231,7 @@ def interrupted(tmp_path_factory):
     return result
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_study_is_the_whole_one(interrupted, tmp_path):
     whole = variance.study_variance(tiny(tmp_path / "whole"), show=False, report=False)
 
@@ -318,6 +319,7 @@ def test_each_forms_limit_is_its_exact_mean(float64):
         np.testing.assert_allclose(limit, mean, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.exhaustive
 def test_ratios_have_the_bias_and_growth_that_theory_says(tmp_path):
     config = OffPolicyConfig(
         kls=(0.02,),

@@ -154,6 +154,7 @@ def test_variance_falls_with_the_batch_as_theory_says(float64):
     assert abs(slope.value + 1.0) < 4.0 * slope.error < 0.3
 
 
+@pytest.mark.exhaustive
 def test_chunks_and_devices_do_not_change_a_gradient(float64):
     names = (
         "leave-one-out",

@@ -448,6 +448,7 @@ def test_stored_settings_build(tmp_path, pair):
     ],
     ids="/".join,
 )
+@pytest.mark.thinned(3)
 def test_an_update_with_stored_settings_can_be_traced(tmp_path, pair):
     run, state = built(pair, tmp_path)
     after, metrics = jax.eval_shape(run.program.advance, state, np.int32(1))

@@ -262,6 +262,7 @@ def test_counting_the_own_ratio_twice_is_biased():
     assert distance > 1e-2 * np.linalg.norm(exact_gradient)
 
 
+@pytest.mark.exhaustive
 def test_a_permutation_of_the_batch_changes_nothing():
     world = mine()
     # One of each baseline and of each ratio; folds of a regression know their order.
