@@ -46,6 +46,7 @@ LAYERS = {
         "stochastic.influence",
         "stochastic.execution",
         "stochastic.credits",
+        "stochastic.surrogates",
         "stochastic.score",
         "stochastic.enumeration",
         "stochastic.levels",

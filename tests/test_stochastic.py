@@ -21,7 +21,7 @@ from jaxpg.distributions import (
 )
 from jaxpg.stochastic.enumeration import outcomes_of
 from jaxpg.stochastic.execution import execute, trace
-from jaxpg.stochastic.score import (
+from jaxpg.stochastic.surrogates import (
     any_order,
     first_order,
     mean_of_others,
@@ -471,6 +471,10 @@ def test_settings_that_do_not_fit_are_refused():
         loss(jnp.zeros(2), KEY, baselines={"y": 0.0})
     with pytest.raises(ValueError, match=r"baselines\['z'\] has shape \(3,\)"):
         loss(jnp.zeros(2), KEY, baselines={"z": jnp.zeros(3)})
+    with pytest.raises(
+        ValueError, match=r"baselines\['z'\] has 1 entries that are NaN"
+    ):
+        loss(jnp.zeros(2), KEY, baselines={"z": jnp.nan})
     with pytest.raises(ValueError, match="scales are given with order 'any'"):
         boxed = stochastic.score_function(one_bit, order="any")
         boxed(jnp.zeros(2), KEY, scales={"z": 2.0})

@@ -17,6 +17,7 @@ Mark draws and costs in an ordinary JAX function, and hand it to an operator:
     influence    which draw can move which cost, read off the traced program
     execution    a program evaluated with everything on record
     credits      sums along the graph: reward-to-go, histories
+    surrogates   what weighs the scores of a run; first order and any order
     score        score_function: unbiased, any graph, any order
     enumeration  exact_expectation: the oracle
     levels       moving averages and learned baselines, NVIL's scale

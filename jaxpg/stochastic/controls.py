@@ -138,7 +138,6 @@ def _controlled(
     has_aux: bool = False,
 ) -> Loss:
     rule = by_noise((Bernoulli, OneHotCategorical), nodes)
-    start = partial(begin, program, rule=rule, nodes=nodes, has_aux=has_aux)
 
     def loss(
         params: Params, key: PRNGKey, *inputs: PyTree, control: PyTree = DEFAULT_CONTROL
@@ -146,10 +145,11 @@ def _controlled(
         control = _checked(control, critic)
         # Not folded into the program's own key: split(key)[i] is fold_in(key, i).
         key, key_control = jax.random.split(key)
-        run, taken, _ = start(params, key, inputs)
+        run, taken, again = begin(
+            program, params, key, inputs, rule=rule, nodes=nodes, has_aux=has_aux
+        )
         # In the relaxed runs only logits and control are differentiated.
-        held = jax.lax.stop_gradient(params)
-        _, _, again = start(held, key, inputs)
+        again = partial(again, params=jax.lax.stop_gradient(params))
         total = with_scores(run, but=taken)
         for number, name in enumerate(taken):
             variate = _variate(name, run, again, critic, control, inputs)

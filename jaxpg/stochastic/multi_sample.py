@@ -20,14 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxpg.stochastic.execution import Program, Record, execute, trace
-from jaxpg.stochastic.score import (
-    Loss,
-    Report,
-    Signals,
-    mean_of_others,
-    report_of,
-    signals_of,
-)
+from jaxpg.stochastic.score import Loss, Report, report_of
+from jaxpg.stochastic.surrogates import Signals, mean_of_others, signals_of
 from jaxpg.types import Params, PRNGKey, PyTree
 
 __all__ = ["bound_with_scores", "multi_sample_bound", "vimco"]

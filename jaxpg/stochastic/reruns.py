@@ -7,8 +7,8 @@ makes of the runs is a gradient in the node's logits l:
     (l - |l|) * gradient,   |x| held constant: no value, but the gradient's slope
 """
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jaxpg.stochastic.execution import Program, Record, execute, trace
 from jaxpg.stochastic.influence import Graph
 from jaxpg.stochastic.nodes import Draw, DrawRule
 from jaxpg.stochastic.noise import from_noise, hard, uniform_noise
-from jaxpg.stochastic.score import Signals, first_order, signals_of
+from jaxpg.stochastic.surrogates import Signals, first_order, signals_of
 from jaxpg.types import Params, PRNGKey, PyTree
 
 __all__ = ["Run", "begin", "by_noise", "carried", "with_scores"]
@@ -40,7 +40,13 @@ class Run(NamedTuple):
     signals: Signals
 
 
-Again = Callable[[Mapping[str, Draw]], Run]
+@runtime_checkable
+class Again(Protocol):
+    """Run the program once more, with other draws in the place of some."""
+
+    def __call__(
+        self, draws: Mapping[str, Draw], params: Params | None = None
+    ) -> Run: ...
 
 
 def begin(
@@ -65,24 +71,25 @@ def begin(
         has_aux: whether the program returns `(cost, output)`.
 
     Returns:
-        The run, the names of the nodes that the rule took, and `again(draws)`, which
-        runs the program with other draws in the place of some.
+        The run, the names of the nodes that the rule took, and `again(draws, params)`,
+        which runs the program with other draws in the place of some.
 
     Raises:
         ValueError: if a name is unknown, the rule took no node, or one in a loop.
     """
 
-    def run(rule: DrawRule) -> Run:
+    def run(rule: DrawRule, params: Params = params) -> Run:
         traced = trace(program, params, key, inputs, rule=rule, has_aux=has_aux)
         record = execute(traced, params, key, inputs)
         return Run(traced.graph, record, signals_of(traced.graph, record))
 
-    def again(draws: Mapping[str, Draw]) -> Run:
-        return run(
-            lambda name, key, distribution: (
-                draws[name] if name in draws else rule(name, key, distribution)
-            )
-        )
+    own = params
+
+    def again(draws: Mapping[str, Draw], params: Params | None = None) -> Run:
+        def put(name: str, key: PRNGKey, distribution: Any) -> Draw | None:
+            return draws[name] if name in draws else rule(name, key, distribution)
+
+        return run(put, own if params is None else params)
 
     first = run(rule)
     _check_nodes(first.graph, nodes)
