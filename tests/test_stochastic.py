@@ -471,9 +471,7 @@ def test_settings_that_do_not_fit_are_refused():
         loss(jnp.zeros(2), KEY, baselines={"y": 0.0})
     with pytest.raises(ValueError, match=r"baselines\['z'\] has shape \(3,\)"):
         loss(jnp.zeros(2), KEY, baselines={"z": jnp.zeros(3)})
-    with pytest.raises(
-        ValueError, match=r"baselines\['z'\] has 1 entries that are NaN"
-    ):
+    with pytest.raises(ValueError, match=r"baselines\['z'\] has 1 entries"):
         loss(jnp.zeros(2), KEY, baselines={"z": jnp.nan})
     with pytest.raises(ValueError, match="scales are given with order 'any'"):
         boxed = stochastic.score_function(one_bit, order="any")
