@@ -159,6 +159,8 @@ LAYERS = {
         "systems.canvases",
         "systems.glimpses",
         "systems.gaze_pictures",
+        "systems.attention_settings",
+        "systems.attention_models",
         "systems.hard_attention",
         "systems.latent_settings",
         "systems.latent_model",

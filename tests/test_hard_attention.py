@@ -8,19 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpg.systems.attention_models import attention_loss, make_learner
+from jaxpg.systems.attention_settings import HardAttentionSettings
 from jaxpg.systems.canvases import draw_canvases, fixed_canvases
 from jaxpg.systems.digits import Digits, load_digits
 from jaxpg.systems.glimpses import look, make_eye
-from jaxpg.systems.hard_attention import (
-    HardAttentionSettings,
-    attention_loss,
-    hard_attention,
-    make_learner,
-)
+from jaxpg.systems.hard_attention import hard_attention, share_of_room
 
 SMALL = {
     "num_glimpses": 3,
-    "glimpse": 4,
+    "glimpse": 8,
     "scales": 2,
     "features": 8,
     "memory": 8,
@@ -90,6 +87,34 @@ def test_digits_come_to_lie_everywhere_up_to_both_edges(marked):
     )
 
 
+@pytest.mark.parametrize(
+    ("spread", "found"),
+    [(0.0, {3}), (0.5, {1, 2, 3, 4, 5}), (1.0, {0, 1, 2, 3, 4, 5, 6})],
+)
+def test_digits_are_spread_from_the_middle_evenly_on_both_sides(marked, spread, found):
+    which, blank = jnp.zeros(4000, jnp.int32), jnp.zeros((1, 4, 4))
+    corners = np.asarray(
+        draw_canvases(
+            *(jax.random.key(2), marked, which, blank),
+            **{"size": 10, "num_pieces": 1, "piece": 2, "spread": spread},
+        ).corners
+    )
+    assert set(corners.ravel().tolist()) == found
+    assert corners.mean() == pytest.approx(3.0, abs=0.1)
+    if spread == 1.0:
+        counts = np.bincount(corners.ravel(), minlength=7)
+        assert abs(counts - 8000 / 7).max() < 4.5 * np.sqrt(8000 / 7)
+
+
+def test_training_spreads_its_digits_over_the_updates_that_are_set():
+    def share(spread_updates, count):
+        settings = HardAttentionSettings(spread_updates=spread_updates)
+        return float(share_of_room(settings, jnp.array(count, jnp.int32)))
+
+    assert share(9, 0) == pytest.approx(0.1) and share(9, 4) == pytest.approx(0.5)
+    assert share(9, 9) == 1.0 == share(9, 500) == share(0, 0)
+
+
 def test_fixed_canvases_are_the_same_each_time(marked):
     make = functools.partial(
         fixed_canvases, marked, jnp.ones((1, 4, 4)), 2, size=8, piece=2
@@ -112,7 +137,7 @@ def test_what_does_not_fit_on_a_canvas_is_refused(marked):
 
 @pytest.fixture(scope="module")
 def eye():
-    return make_eye(num_glimpses=3, size=4, scales=2, features=6, memory=5, std=0.3)
+    return make_eye(num_glimpses=3, size=8, scales=2, features=6, memory=5, std=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +304,7 @@ def test_settings_that_make_no_sense_are_refused():
         ({"num_glimpses": 1}, "there is no place to choose"),
         ({"std": 0.0}, "std is 0.0"),
         ({"placements": 0}, "placements is 0"),
+        ({"spread_updates": -1}, "spread_updates is -1"),
     ]:
         with pytest.raises(ValueError, match=told):
             HardAttentionSettings(**changes)

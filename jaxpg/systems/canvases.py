@@ -46,6 +46,7 @@ def draw_canvases(
     size: int = 28,
     num_pieces: int = 6,
     piece: int = 5,
+    spread: Float[Array, ""] | float = 1.0,
 ) -> Canvases:
     """Put each of some digits on a canvas of its own.
 
@@ -58,6 +59,8 @@ def draw_canvases(
         size: height and width of a canvas in pixels.
         num_pieces: of clutter on each.
         piece: height and width of one.
+        spread: share of the room that digits are spread over, in [0, 1]: 1 puts them
+            anywhere, 0 in the middle. Clutter is anywhere.
 
     Returns:
         The canvases.
@@ -77,7 +80,7 @@ def draw_canvases(
         canvas = jnp.zeros((size, size), images.dtype)
         for key in keys:
             canvas = _paste_piece(key, canvas, source, piece)
-        corner = _corner(key_corner, (size - height, size - width))
+        corner = _corner(key_corner, (size - height, size - width), spread)
         # Last, and over all that is there: the digit itself is never damaged.
         canvas = jax.lax.dynamic_update_slice(canvas, images[index], tuple(corner))
         return Canvases(canvas, labels[index], corner)
@@ -130,7 +133,12 @@ def _paste_piece(key: PRNGKey, canvas: Array, source: Array, piece: int) -> Arra
     return jax.lax.dynamic_update_slice(canvas, darker, tuple(target))
 
 
-def _corner(key: PRNGKey, highest: tuple[int, ...]) -> Int[Array, "2"]:
-    """Row and column from 0 to `highest`, ends included."""
-    limits = jnp.array(highest, jnp.int32) + 1
-    return jax.random.randint(key, (2,), 0, limits, jnp.int32)
+def _corner(
+    key: PRNGKey, highest: tuple[int, ...], spread: Array | float = 1.0
+) -> Int[Array, "2"]:
+    """Row and column from 0 to `highest`, ends included, or of their middle part."""
+    room = jnp.array(highest, float)
+    first = 0.5 * (1.0 - spread) * room
+    drawn = first + jax.random.uniform(key, (2,)) * (spread * room + 1.0)
+    # Rounding can reach the number that the draws stay below.
+    return jnp.minimum(jnp.floor(drawn), room).astype(jnp.int32)

@@ -28,7 +28,11 @@ from jaxpg.types import Params, PRNGKey
 __all__ = ["Choose", "Eye", "Gaze", "halved", "linear_part", "look", "make_eye"]
 
 CHANNELS = 16
-"""Filters of 3 x 3 that all squares are seen through."""
+"""Filters of 3 x 3 that all squares are seen through; twice as many see what they give,
+halved."""
+
+CONTRAST = 2.0
+"""Ink counts this much: most of a square is empty, and its features would be faint."""
 
 Choose = Callable[[PRNGKey, DiagonalGaussian, Array], Array]
 """`choose(key, distribution, baseline) -> place [2]`: where to look next."""
@@ -116,18 +120,20 @@ def make_eye(
     scales: int = 2,
     features: int = 128,
     memory: int = 128,
-    std: float = 0.3,
+    std: float = 0.15,
+    first_baseline: float = 0.0,
 ) -> Eye:
     """The recurrent attention model.
 
     Args:
         num_classes: of what is shown.
         num_glimpses: looks at each canvas, the first at its middle.
-        size: pixels of the window's side, 4 or more.
+        size: pixels of the window's side, 8 or more.
         scales: of the sensor.
         features: width of the glimpse network.
         memory: width of the core.
         std: standard deviation of a place, half canvases.
+        first_baseline: what every place is expected to cost before anything is learned.
 
     Returns:
         The model.
@@ -138,10 +144,14 @@ def make_eye(
     sizes = {"num_glimpses": num_glimpses, "size": size, "scales": scales}
     for name, value in (sizes | {"features": features, "memory": memory}).items():
         check_positive(name, value)
-    check_range("size", size, 4, cure="filters of 3 x 3 are halved in it")
+    check_range(
+        "size", size, 8, cure="two filters of 3 x 3 see it, halved between them"
+    )
+    strokes = scales * ((size - 2) // 2 - 2) ** 2 * 2 * CHANNELS
     parts: dict[str, tuple[Any, Any]] = {
         "filters": linear_part(9, CHANNELS, output_scale=1.4),
-        "what": linear_part(scales * ((size - 2) // 2) ** 2 * CHANNELS, features),
+        "shapes": linear_part(9 * CHANNELS, 2 * CHANNELS, output_scale=1.4),
+        "what": linear_part(strokes, features, output_scale=1.4),
         "where": linear_part(2, features),
         "core": split_module(
             lambda rngs: gru(
@@ -163,14 +173,14 @@ def make_eye(
         }
 
     def gaze(params: Params, key: PRNGKey, canvas: Array, choose: Choose) -> Gaze:
-        filters, what, where, core, location, baseline = (
+        filters, shapes, what, where, core, location, baseline = (
             bind(params[name]) for name, (_, bind) in parts.items()
         )
 
         def remember(memory: Array, place: Array) -> Array:
-            squares = look(canvas, place, size, scales)
-            strokes = filters(patches(squares[..., None], 3))
-            seen = what(halved(strokes).reshape(-1))
+            squares = CONTRAST * look(canvas, place, size, scales)
+            strokes = halved(filters(patches(squares[..., None], 3)))
+            seen = what(jax.nn.relu(shapes(patches(strokes, 3))).reshape(-1))
             return core.remember(memory, core.project(jax.nn.relu(seen + where(place))))
 
         def move(carry: tuple[Array, Array], key: PRNGKey) -> Any:
@@ -178,7 +188,7 @@ def make_eye(
             memory = remember(memory, place)
             mean = jnp.tanh(location(memory))
             # What to expect is read off the core, and does not shape it.
-            expected = baseline(jax.lax.stop_gradient(memory))[0]
+            expected = first_baseline + baseline(jax.lax.stop_gradient(memory))[0]
             log_std = jnp.full((2,), math.log(std), mean.dtype)
             drawn = choose(key, DiagonalGaussian(mean, log_std), expected)
             return (memory, jnp.clip(drawn, -1.0, 1.0)), place

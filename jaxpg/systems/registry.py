@@ -1,8 +1,9 @@
 """Systems by name: their settings, and the function that makes them."""
 
+from jaxpg.systems.attention_settings import HardAttentionSettings
 from jaxpg.systems.base import Recipe, RunSettings
 from jaxpg.systems.discrete_vae import discrete_vae
-from jaxpg.systems.hard_attention import HardAttentionSettings, hard_attention
+from jaxpg.systems.hard_attention import hard_attention
 from jaxpg.systems.latent_settings import DiscreteVAESettings
 
 __all__ = ["SYSTEMS"]
