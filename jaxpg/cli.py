@@ -388,7 +388,7 @@ def _report(result: Any) -> int:
 
 def _print_report(result: Any) -> None:
     from jaxpg.train.progress import table
-    from jaxpg.train.render import describe_sweep
+    from jaxpg.train.sweeps import describe_sweep
 
     if result.stopped_by is not None:
         print(

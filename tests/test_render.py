@@ -8,10 +8,9 @@ import zlib
 import numpy as np
 import pytest
 
-from jaxpg.train.render import (
+from jaxpg.train.render import learning_curve, plot_learning_curve
+from jaxpg.train.sweeps import (
     describe_sweep,
-    learning_curve,
-    plot_learning_curve,
     plot_sweep,
     summarize_sweep,
     sweep_figure,

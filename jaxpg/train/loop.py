@@ -35,12 +35,7 @@ from jaxpg.train.records import (
     find_non_finite,
     to_rows,
 )
-from jaxpg.train.render import (
-    plot_learning_curve,
-    plot_sweep,
-    summarize_sweep,
-    write_sweep,
-)
+from jaxpg.train.render import plot_learning_curve
 from jaxpg.train.run import (
     Run,
     create_run,
@@ -50,6 +45,7 @@ from jaxpg.train.run import (
     restore_state,
     store_config,
 )
+from jaxpg.train.sweeps import plot_sweep, summarize_sweep, write_sweep
 from jaxpg.train.visits import next_pace, received_signals
 
 __all__ = ["NonFiniteError", "RunResult", "resume", "train"]
