@@ -94,6 +94,7 @@ def bounds(stored: dict[str, Any]) -> Figure:
                                            "ms": 12})  # fmt: skip
         axis.set_yticks(range(len(names)), names)
         axis.set_title(model)
+        axis.locator_params(axis="x", nbins=6)
         axis.grid(alpha=0.3, axis="x")
     for axis in axes[-2:]:
         axis.set_xlabel("nats per test image; more is better")

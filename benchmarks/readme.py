@@ -143,8 +143,8 @@ def large_batches() -> str:
         f"CartPole-v1 with advantages, targets and values. From "
         f"{first['num_envs']} to {last['num_envs']} environments of 128 steps the "
         f"compiled program asks for {max(working):.0f} bytes a step in all, in "
-        f"proportion to the batch, of which every epoch holds a "
-        f"shuffled copy. The "
+        f"proportion to the batch: most where observations, and those after them, are "
+        f"turned from the order of time into rows. The "
         f"whole process peaks at {first['peak_bytes'] / 2**20:.0f} to "
         f"{last['peak_bytes'] / 2**20:.0f} MiB ({machine(stored)}).\n"
     )
@@ -395,6 +395,62 @@ def machine(stored: dict[str, Any]) -> str:
     )
 
 
+def hard_attention() -> str:
+    stored = timing.load("hard-attention")
+    settings = stored["settings"]
+    sees = {
+        "convolutional": "all of the canvas",
+        "attention": "4 glimpses, where it chooses",
+        "fully-connected": "all of the canvas",
+        "random-glimpses": "4 glimpses, anywhere",
+    }
+    lines = ["| model | sees | held-out accuracy |", "|---|---|---|"]
+    for name, row in stored["table"].items():
+        median, low, high = (100 * row[part] for part in ("median", "low", "high"))
+        lines.append(
+            f"| {name.replace('-', ' ')} | {sees[name]} | "
+            f"{median:.1f}% ({low:.1f} to {high:.1f}) |"
+        )
+    return "\n".join(lines) + (
+        f"\n\n(median and range of {settings['num_seeds']} seeds, "
+        f"{settings['num_updates']} updates each; jax {stored['provenance']['jax']}, "
+        f"{stored['date']})\n"
+    )
+
+
+def discrete_vae() -> str:
+    """Bias and variance where the exact gradient is known, and where training ends."""
+    stored = timing.load("discrete-vae")
+    found, learned = stored["bias"], stored["learning"]
+    models = ["8 bits", "32 bits", "8 groups of 8", "2 layers of 32 bits"]
+    lines = [
+        "| estimator | bias | variance | " + " | ".join(models) + " |",
+        "|---|---|---|" + "---|" * len(models),
+    ]
+    for name, row in found.items():
+        if not isinstance(row, dict):
+            continue
+        bounds = [
+            f"{statistics.mean(learned[model][name]['test_bound'][-1]):.2f}"
+            if name in learned[model]
+            else ""
+            for model in models
+        ]
+        error = 196 * row["along_error"]
+        bias = "0" if name == "exact" else f"{100 * row['along']:+.1f} ± {error:.1f}%"
+        spread = "0" if name == "exact" else f"{row['variance']:.3g}"
+        lines.append(f"| {name} | {bias} | {spread} | {' | '.join(bounds)} |")
+    settings = stored["settings"]
+    return "\n".join(lines) + (
+        f"\n\nBias along the exact gradient, in % of its length with a 95% interval, "
+        f"and total variance over its squared length: a model of 8 bits after "
+        f"{found['at']} updates, {found['images']} images, {found['gradients']} "
+        f"estimates. Then the evidence bound on test images in nats, mean of "
+        f"{settings['seeds']} seeds after {settings['updates']} updates; VIMCO's is "
+        f"another bound (jax {stored['provenance']['jax']}, {stored['date']}).\n"
+    )
+
+
 BLOCKS = {
     "cold-start": cold_start,
     "peers": peers,
@@ -412,6 +468,8 @@ BLOCKS = {
     "learning": learning,
     "sample-efficiency": sample_efficiency,
     "variance": variance,
+    "hard-attention": hard_attention,
+    "discrete-vae": discrete_vae,
 }
 
 if __name__ == "__main__":

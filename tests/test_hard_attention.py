@@ -248,6 +248,21 @@ def test_every_model_answers(model):
     assert jnp.isfinite(loss) and (error > 0.0) == (model == "attention")
 
 
+@pytest.mark.parametrize(("credit", "cost"), [("reward", 0.9), ("likelihood", 2.3026)])
+def test_places_are_first_expected_to_cost_what_a_guess_does(credit, cost):
+    learner = make_learner(HardAttentionSettings(credit=credit, **SMALL))
+    expected = []
+
+    def choose(key, distribution, baseline):
+        expected.append(float(baseline))
+        return distribution.mode()
+
+    with jax.disable_jit():
+        params, key = learner.init(jax.random.key(0)), jax.random.key(1)
+        learner.eye.gaze(params, key, jnp.ones((12, 12)), choose)
+    assert expected == pytest.approx([cost] * (SMALL["num_glimpses"] - 1), abs=1e-4)
+
+
 def test_random_glimpses_are_anywhere_and_owe_nothing_to_the_network():
     learner = make_learner(HardAttentionSettings(model="random-glimpses", **SMALL))
     canvas = jnp.zeros((12, 12))
@@ -271,6 +286,7 @@ def test_it_learns_on_tiny_canvases(tmp_path):
         **(SMALL | {"canvas": 10, "num_pieces": 0, "glimpse": 8, "scales": 1}),
         learning_rate=5e-3,
         decay_updates=400,
+        spread_updates=100,
     )
     system = hard_attention(settings)
     state = system.init(jax.random.key(0))

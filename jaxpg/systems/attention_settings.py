@@ -36,16 +36,16 @@ class HardAttentionSettings:
     """Width of the layers that see."""
     memory: int = 128
     """Width of the core's memory."""
-    std: float = 0.15
+    std: float = 0.1
     """Standard deviation of a place, in half canvases."""
-    credit: Credit = "likelihood"
-    """What places are credited with: the cross-entropy ("likelihood"), or whether the
-    answer is right ("reward")."""
+    credit: Credit = "reward"
+    """What places are credited with: whether the answer is right ("reward"), or the
+    cross-entropy ("likelihood"), which is one objective but varies more."""
     credit_weight: float = 1.0
     """Weight of the score-function term beside the cross-entropy, for "reward"."""
     batch_size: int = 64
     """Canvases of an update, all drawn anew."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """Of Adam."""
     decay_updates: int = 8000
     """Updates over which the learning rate falls, by a cosine, to a twentieth."""

@@ -120,7 +120,7 @@ def make_eye(
     scales: int = 2,
     features: int = 128,
     memory: int = 128,
-    std: float = 0.15,
+    std: float = 0.1,
     first_baseline: float = 0.0,
 ) -> Eye:
     """The recurrent attention model.
