@@ -65,7 +65,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(8)
 def test_contract(name):
     algorithm = reinforce(SETTINGS[name], TASK)
     state = first_state(algorithm)

@@ -103,7 +103,7 @@ def random_run(env, num_steps, num_envs=3):
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_catalogue(name):
     """Types are stable, observations are as declared, episodes end when they must."""
     max_steps, terminates = CATALOGUE[name]

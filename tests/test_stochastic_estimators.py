@@ -167,7 +167,7 @@ SAMPLED = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", SAMPLED)
 def test_sampled_means_agree_with_the_exact_gradient(name):
     loss, program, params = SAMPLED[name]

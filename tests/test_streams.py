@@ -98,7 +98,7 @@ def stream(which, chunk_size, source=None, **options):
 @pytest.mark.parametrize(
     "baseline", [name for name in BASELINES if not name.endswith("-plain")]
 )
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_streamed_is_whole(baseline, float64):
     which = estimator(baseline)
     close(stream(which, 4).gradient, whole_gradient(which))
@@ -112,7 +112,7 @@ def test_the_chunk_does_not_matter(chunk_size, float64):
 
 @pytest.mark.parametrize("statistics", ["chunks", "trajectories"])
 @pytest.mark.parametrize("baseline", ["none", "time-dependent", "per-parameter"])
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_moments_are_those_of_the_samples(baseline, statistics, float64):
     which, chunk_size = estimator(baseline), 3
     terms = quick(lambda rows: estimate_terms(which, params(), (), rows), batch())

@@ -218,7 +218,7 @@ def test_there_is_no_step_where_the_kl_says_nothing(product, x):
 
 @worlds
 @pytest.mark.parametrize("max_kl", [1e-1, 1e-3, 1e-6])
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_the_step_is_within_the_region_and_climbs(make_mdp, max_kl, float64):
     oracle = Oracle(make_mdp)
     update, state = oracle.step(
