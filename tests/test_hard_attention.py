@@ -128,6 +128,8 @@ def test_what_does_not_fit_on_a_canvas_is_refused(marked):
     which, clutter = jnp.zeros(1, jnp.int32), jnp.zeros((1, 4, 4))
     with pytest.raises(ValueError, match=r"canvas size is 3, needs .* fit on it"):
         draw_canvases(jax.random.key(0), marked, which, clutter, size=3)
+    with pytest.raises(ValueError, match=r"spread is 1.5, needs .* share of the room"):
+        draw_canvases(jax.random.key(0), marked, which, clutter, piece=2, spread=1.5)
     with pytest.raises(ValueError, match=r"piece is 5, needs .* cut from a digit"):
         draw_canvases(jax.random.key(0), marked, which, clutter, size=9, piece=5)
 
@@ -283,8 +285,12 @@ def test_random_glimpses_are_anywhere_and_owe_nothing_to_the_network():
 def test_it_learns_on_tiny_canvases(tmp_path):
     """Digits of 8 x 8 on 10 x 10, no clutter: far above chance in a few seconds."""
     settings = HardAttentionSettings(
-        **(SMALL | {"canvas": 10, "num_pieces": 0, "glimpse": 8, "scales": 1}),
-        learning_rate=5e-3,
+        **(
+            SMALL
+            | {"canvas": 10, "num_pieces": 0, "scales": 1}
+            | {"features": 48, "memory": 48, "batch_size": 32}
+        ),
+        learning_rate=3e-3,
         decay_updates=400,
         spread_updates=100,
     )
@@ -299,7 +305,7 @@ def test_it_learns_on_tiny_canvases(tmp_path):
     before = system.evaluate(jax.random.key(2), state)["accuracy"]
     state = many(state)
     after = system.evaluate(jax.random.key(2), state)["accuracy"]
-    assert before < 0.2 and after > 0.3, "chance is 0.1, its deviation 0.016"
+    assert before < 0.3 and after > 0.7, "chance is 0.1, three seeds reached 0.82"
     system.picture(jax.tree.map(lambda x: x, state), tmp_path / "paths.png")
     assert (tmp_path / "paths.png").stat().st_size > 5000
 
@@ -321,6 +327,7 @@ def test_settings_that_make_no_sense_are_refused():
         ({"std": 0.0}, "std is 0.0"),
         ({"placements": 0}, "placements is 0"),
         ({"spread_updates": -1}, "spread_updates is -1"),
+        ({"glimpse": 7}, "glimpse is 7"),
     ]:
         with pytest.raises(ValueError, match=told):
             HardAttentionSettings(**changes)

@@ -29,7 +29,7 @@ class HardAttentionSettings:
     num_glimpses: int = 4
     """Looks at a canvas, the first at its middle."""
     glimpse: int = 12
-    """Height and width of the window."""
+    """Height and width of the window, 8 or more."""
     scales: int = 2
     """Squares of the sensor, each twice as wide as the one before."""
     features: int = 128
@@ -40,7 +40,7 @@ class HardAttentionSettings:
     """Standard deviation of a place, in half canvases."""
     credit: Credit = "reward"
     """What places are credited with: whether the answer is right ("reward"), or the
-    cross-entropy ("likelihood"), which is one objective but varies more."""
+    cross-entropy ("likelihood"), which makes one objective of both."""
     credit_weight: float = 1.0
     """Weight of the score-function term beside the cross-entropy, for "reward"."""
     batch_size: int = 64
@@ -69,6 +69,9 @@ class HardAttentionSettings:
             check_positive(name, getattr(self, name))
         for name in ("num_pieces", "spread_updates"):
             check_range(name, getattr(self, name), 0)
+        check_range(
+            "glimpse", self.glimpse, 8, cure="two filters of 3 x 3 see through it"
+        )
         for name in ("std", "learning_rate", "max_grad_norm"):
             check_range(name, getattr(self, name), 0.0, open_low=True)
         if self.model == "attention" and self.num_glimpses < 2:

@@ -66,13 +66,15 @@ def draw_canvases(
         The canvases.
 
     Raises:
-        ValueError: if a digit does not fit on its canvas, or a piece into a digit.
+        ValueError: if a digit does not fit on its canvas, or a piece into a digit, or
+            the spread is out of range.
     """
     height, width = digits.images.shape[-2:]
     check_range(
         "canvas size", size, max(height, width), cure="the digits must fit on it"
     )
     check_range("piece", piece, 1, min(height, width), cure="it is cut from a digit")
+    check_range("spread", spread, 0.0, 1.0, cure="it is a share of the room")
     images, labels, source = map(jnp.asarray, (*digits, clutter))
 
     def one(key: PRNGKey, index: Array) -> Canvases:
