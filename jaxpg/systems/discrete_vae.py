@@ -27,6 +27,7 @@ from jaxpg.systems.latent_model import (
     reconstruct,
 )
 from jaxpg.systems.latent_settings import DiscreteVAESettings, num_codes
+from jaxpg.train.axes import save_figure
 from jaxpg.types import Params, PRNGKey, PyTree
 
 if TYPE_CHECKING:
@@ -190,6 +191,4 @@ def _picture(
     left, right = figure.subplots(1, 2)
     show_images(left, both, "test images, each over its reconstruction")
     show_images(right, drawn, "samples of the model: a code from the prior, decoded")
-    beside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(beside, format="png", dpi=150)
-    beside.replace(path)  # a viewer never meets half a picture
+    save_figure(figure, path)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxpg.systems.canvases import Canvases
+from jaxpg.train.axes import save_figure
 from jaxpg.types import Params
 
 __all__ = ["draw_paths", "paths_figure"]
@@ -28,7 +29,7 @@ def draw_paths(
         path: the PNG.
     """
     figure = paths_figure(eye, choose, params, canvases, settings.glimpse)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def paths_figure(
