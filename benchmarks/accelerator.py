@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxpg.train.provenance import write_json_atomically
+
 HERE = Path(__file__).resolve().parent
 TESTS = ["gradients", "rollout", "estimators", "moments", "fisher", "ppo", "trpo"]
 LINES = 12
@@ -65,7 +67,7 @@ def main() -> None:
         kind = machine["device_kind"].lower().replace(" ", "-")
         path = HERE / "results" / f"accelerator-{kind}.json"
         written = {"date": time.strftime("%Y-%m-%d"), "provenance": machine}
-        path.write_text(json.dumps(written | {"parts": found}, indent=2) + "\n")
+        write_json_atomically(path, written | {"parts": found})
     print(f"stored in {path.name}")
 
 

@@ -57,9 +57,7 @@ def main(models: list[str], num_updates: int, num_seeds: int) -> None:
             settings = HardAttentionSettings(
                 model=model,
                 decay_updates=num_updates,
-                learning_rate=LEARNING_RATES.get(
-                    model, HardAttentionSettings.learning_rate
-                ),
+                learning_rate=learning_rate(model),
             )
             result = training.train("hard-attention", settings, config)
             row = summary(result.evaluation)
@@ -70,6 +68,10 @@ def main(models: list[str], num_updates: int, num_seeds: int) -> None:
                     draw_paths(result.folder)
 
 
+def learning_rate(model: str) -> float:
+    return LEARNING_RATES.get(model, HardAttentionSettings.learning_rate)
+
+
 def store(model: str, row: dict[str, Any]) -> None:
     """A model's row beside those that are stored, and the picture of all."""
     try:
@@ -78,7 +80,11 @@ def store(model: str, row: dict[str, Any]) -> None:
         table = {}
     table = {name: (table | {model: row}).get(name) for name in MODELS}
     table = {name: row for name, row in table.items() if row is not None}
-    asked = {"num_updates": NUM_UPDATES, "num_seeds": NUM_SEEDS}
+    asked = {
+        "num_updates": NUM_UPDATES,
+        "num_seeds": NUM_SEEDS,
+        "learning_rates": {name: learning_rate(name) for name in table},
+    }
     timing.save(RESULT, {"settings": asked, "table": table})
     draw_curves({name: row["curve"] for name, row in table.items()})
 

@@ -413,7 +413,9 @@ def hard_attention() -> str:
         )
     return "\n".join(lines) + (
         f"\n\n(median and range of {settings['num_seeds']} seeds, "
-        f"{settings['num_updates']} updates each; jax {stored['provenance']['jax']}, "
+        f"{settings['num_updates']} updates each, learning rates "
+        + ", ".join(f"{rate:g}" for rate in settings["learning_rates"].values())
+        + f" in this order; jax {stored['provenance']['jax']}, "
         f"{stored['date']})\n"
     )
 
