@@ -1,7 +1,6 @@
 """Memory and time of a gradient, with its variance, over batches that never exist.
 
     python benchmarks/memory.py [--sizes 12 14 16 18 20] [--rounds 3]
-    python benchmarks/memory.py --ppo     only PPO, at 2^11 to 2^15 environments
 
 The gradient of CartPole-v1 with a limit of 200 decisions, from 2^12 to 2^20
 trajectories of a policy that is nearly trained (their mean length is stored), masked
@@ -12,13 +11,11 @@ trajectories, and its time per trajectory, compiled before the clock starts. `me
 what each estimator and each statistic costs beside the plain gradient, timed in turns
 in one process.
 
-PPO, which stores its batch, has a part and a result of its own: bytes of the batch per
-step, what the compiled program asks for, and the peak of a process of its own.
+PPO, which stores its batch, has a script of its own, `ppo_memory.py`.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -27,18 +24,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import timing
-from throughput import NUM_STEPS, make_run
+from ppo_memory import peak_bytes
 
 from jaxpg.algos.reinforce import ReinforceConfig, reinforce
 from jaxpg.diagnostics import noise_scale, total_variance
 from jaxpg.envs import make
 from jaxpg.estimators import Estimator, EstimatorConfig, make_estimator
 from jaxpg.policies import mlp_policy
-from jaxpg.rollout import rollout_episodes, rollout_segments, start_segments
+from jaxpg.rollout import rollout_episodes
 from jaxpg.streams import StreamedGradient, episode_source, stream_gradient
-from jaxpg.train.run import initial_state
 
 STEPS = 200
 CHUNK = 256
@@ -60,18 +55,11 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "optimal-time": ("optimal-time", {}),
     "per-parameter": ("per-parameter", {}),
 }
-PPO_SIZES = range(11, 16)
 GROWING = ("time-dependent, trajectories",)
 
 
 def main() -> None:
     options = parse()
-    if options.child == "ppo":
-        print(json.dumps(ppo_process(options.sizes[0])))
-        return
-    if options.ppo:
-        measure_ppo()
-        return
     if options.child is not None:
         print(json.dumps(one_process(options.child, options.sizes[0])))
         return
@@ -88,19 +76,6 @@ def main() -> None:
     plot(results)
     print(json.dumps(results, indent=1))
     print(f"stored in {path.name}")
-
-
-def measure_ppo() -> None:
-    """Each size in a process of its own, stored as they come."""
-    rows: list[dict[str, Any]] = []
-    for size in PPO_SIZES:
-        rows.append(in_a_process("ppo", 2**size))
-        store_ppo(rows)
-
-
-def store_ppo(rows: list[dict[str, Any]]) -> None:
-    found = {"stored_bytes_per_step": bytes_of_a_ppo_step(), "rows": rows}
-    timing.save("memory-ppo-cpu", found)
 
 
 def plot(results: dict[str, Any]) -> None:
@@ -136,7 +111,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", default=[12, 14, 16, 18, 20])
     parser.add_argument("--methods-size", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ppo", action="store_true", help="only PPO's large batches")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -198,41 +172,6 @@ def one_process(name: str, number: int) -> dict[str, Any]:
         "mean_return": float(streamed.mean_return),
         **known,
     }
-
-
-def ppo_process(num_envs: int) -> dict[str, Any]:
-    """One update of PPO's whole training program on one device."""
-    run = make_run("CartPole-v1", num_envs, "ppo", num_devices=1)
-    state = initial_state(run)
-    advance = run.program.advance.lower(state, np.int32(1)).compile()
-    before = peak_bytes()
-    jax.block_until_ready(advance(state, np.int32(1)))
-    working = advance.memory_analysis().temp_size_in_bytes
-    return {
-        "num_envs": num_envs,
-        "peak_bytes": peak_bytes(),
-        "peak_bytes_of_imports_and_compiling": before,
-        "working_bytes": working,
-        "working_bytes_per_step": working / (num_envs * NUM_STEPS),
-    }
-
-
-def bytes_of_a_ppo_step() -> int:
-    """The rollout's own arrays, and what PPO adds: advantage, target and value."""
-    rows, _ = jax.eval_shape(_one_segment)
-    stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rows)) // NUM_STEPS
-    return stored + 3 * 4
-
-
-def _one_segment() -> Any:
-    params = POLICY.init(KEY, ENV.reset(KEY)[1])
-    start = start_segments(ENV, POLICY, KEY, 1)
-    return rollout_segments(ENV, POLICY, params, KEY, start, NUM_STEPS)
-
-
-def peak_bytes() -> int:
-    """The most resident memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def in_a_process(name: str, number: int) -> dict[str, Any]:

@@ -136,8 +136,17 @@ def scaling() -> str:
 
 def large_batches() -> str:
     stored = timing.load("memory-ppo-cpu")
-    first, last = stored["rows"][0], stored["rows"][-1]
-    working = [row["working_bytes_per_step"] for row in stored["rows"]]
+    rows, again = (
+        [row for row in stored["rows"] if row["form"] == form]
+        for form in ("stored", "replayed")
+    )
+    first, last = rows[0], rows[-1]
+    working = [row["working_bytes_per_step"] for row in rows]
+    costs = " and ".join(
+        f"{row['times_as_long']['median']:.2f} times as long on {row['env']} with "
+        f"{row['num_envs']} environments"
+        for row in stored["cost"]
+    )
     return (
         f"PPO stores its batch, {stored['stored_bytes_per_step']} bytes a step on "
         f"CartPole-v1 with advantages, targets and values. From "
@@ -146,7 +155,12 @@ def large_batches() -> str:
         f"proportion to the batch: most where observations, and those after them, are "
         f"turned from the order of time into rows. The "
         f"whole process peaks at {first['peak_bytes'] / 2**20:.0f} to "
-        f"{last['peak_bytes'] / 2**20:.0f} MiB ({machine(stored)}).\n"
+        f"{last['peak_bytes'] / 2**20:.0f} MiB. With `--replay-envs "
+        f"{stored['settings']['replay_envs']} --standardize batch` nothing is stored "
+        f"and rows are played again wherever they are looked at: the program then asks "
+        f"for {again[0]['working_bytes'] / 2**20:.0f} MiB at {again[0]['num_envs']} "
+        f"environments and {again[-1]['working_bytes'] / 2**20:.0f} MiB at "
+        f"{again[-1]['num_envs']}, and an update takes {costs} ({machine(stored)}).\n"
     )
 
 

@@ -151,10 +151,10 @@ def describe(env: str, num_envs: int, name: str, row: dict[str, Any]) -> str:
 class Program:
     """One algorithm's compiled program; calling it makes some updates."""
 
-    def __init__(self, env: str, num_envs: int, name: str) -> None:
+    def __init__(self, env: str, num_envs: int, name: str, **changes: Any) -> None:
         # Long enough to be timed, as the visits of a run are.
         self.count = max(1, min(MAX_UPDATES_PER_CALL, 2**17 // (num_envs * NUM_STEPS)))
-        self.run = make_run(env, num_envs, name)
+        self.run = make_run(env, num_envs, name, **changes)
         self.state = initial_state(self.run)
         began = time.perf_counter()
         lowered = self.run.program.advance.lower(self.state, np.int32(1))
@@ -169,8 +169,10 @@ class Program:
         return self.state
 
 
-def make_run(env: str, num_envs: int, name: str, num_devices: int | None = None) -> Run:
-    """A run with the defaults, in a folder that is gone at once."""
+def make_run(
+    env: str, num_envs: int, name: str, num_devices: int | None = None, **changes: Any
+) -> Run:
+    """A run with the defaults but for changes, in a folder that is gone at once."""
     image = env in IMAGES
     network = {"network": "cnn", "hidden": (128,)} if image else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +181,7 @@ def make_run(env: str, num_envs: int, name: str, num_devices: int | None = None)
             max_steps=1000 if image else None,
             num_envs=num_envs,
             num_devices=num_devices,
-            algorithm=held(name),
+            algorithm=dataclasses.replace(held(name), **changes),
             policy=PolicyConfig(**network),  # type: ignore[arg-type]
         )
         return create_run(

@@ -31,6 +31,7 @@ from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 from jaxpg.value_functions import (
     TargetStatistics,
     no_statistics,
+    take_in,
     update_statistics,
 )
 
@@ -40,6 +41,7 @@ __all__ = [
     "actor_with_critic",
     "critic_rows",
     "critic_terms",
+    "follow_moments",
     "follow_targets",
     "init_critic",
     "policy_rows",
@@ -219,6 +221,22 @@ def follow_targets(
     """
     credit = Credit(jnp.where(mask, targets, 0.0), mask.astype(targets.dtype))
     return state._replace(targets=update_statistics(state.targets, credit, KEPT))
+
+
+def follow_moments(
+    state: CriticState, mean: Float[Array, ""], variance: Float[Array, ""]
+) -> CriticState:
+    """`follow_targets`, for whoever never holds all targets at once.
+
+    Args:
+        state: the critic.
+        mean: of the batch's targets, in units of the return.
+        variance: about that mean.
+
+    Returns:
+        The critic with new statistics.
+    """
+    return state._replace(targets=take_in(state.targets, mean, variance, KEPT))
 
 
 def actor_with_critic(policy: Policy, critic: Network) -> Policy:

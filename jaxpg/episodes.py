@@ -1,13 +1,73 @@
-"""Episodes out of packed rows: one trajectory per row, for whoever needs scores."""
+"""Episodes in rows that are not: split out of packed rows, counted in segments."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from jaxpg._checks import check_positive, check_rank, is_concrete
+from jaxpg.returns import suffix_recurrence
 from jaxpg.types import Trajectory
 
-__all__ = ["check_single_episodes", "split_episodes"]
+__all__ = [
+    "EndedEpisodes",
+    "check_single_episodes",
+    "ended_episodes",
+    "split_episodes",
+]
+
+
+class EndedEpisodes(NamedTuple):
+    """Sums over the episodes that ended in some segments.
+
+    Attributes:
+        number: how many ended.
+        returns: sum of their undiscounted returns, from their true beginning on.
+        lengths: sum of the decisions that they took, likewise.
+        num_decisions: of the segments.
+    """
+
+    number: Int[Array, "*B"]
+    returns: Float[Array, "*B"]
+    lengths: Float[Array, "*B"]
+    num_decisions: Int[Array, "*B"]
+
+
+def ended_episodes(segments: Trajectory, brought: Float[Array, "B"]) -> EndedEpisodes:
+    """Count the episodes that ended in segments, and what they came to.
+
+    Args:
+        segments: rows that begin and end inside episodes, [B, T].
+        brought: return of each row's first episode before the row, [B].
+
+    Returns:
+        Sums over all rows.
+
+    >>> x, no = jnp.array([[1.0, 2.0, 4.0]]), jnp.zeros((1, 3), bool)
+    >>> ends, time = jnp.array([[False, True, False]]), jnp.array([[7, 8, 0]])
+    >>> rows = Trajectory(x, x, x, x, ends, no, ~no, time, time)
+    >>> [x.item() for x in ended_episodes(rows, jnp.array([10.0]))]
+    [1, 13.0, 9.0, 3]
+    """
+
+    def so_far(rewards: Array, ends: Array, brought: Array) -> Array:
+        """The running episode's return after each decision."""
+        # Backwards in time reversed is forwards: a decision adds to what came before.
+        after_end = jnp.concatenate([jnp.zeros((1,), bool), ends[:-1]])
+        decays = jnp.where(after_end, 0.0, 1.0)
+        return suffix_recurrence(rewards[::-1], decays[::-1], brought)[::-1]
+
+    ends = segments.ends
+    returns = jax.vmap(so_far)(segments.reward, ends, brought)
+    lengths = (segments.time + 1).astype(returns.dtype)
+
+    def total(x: Array) -> Array:
+        return jnp.sum(jnp.where(ends, x, 0.0))
+
+    return EndedEpisodes(
+        jnp.sum(ends), total(returns), total(lengths), segments.num_decisions
+    )
 
 
 def check_single_episodes(trajectories: Trajectory) -> None:

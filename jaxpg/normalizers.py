@@ -31,7 +31,14 @@ from jaxpg.moments import Moments, merge, merge_over_axis, moments_of
 from jaxpg.networks import Network
 from jaxpg.types import Params, PRNGKey, PyTree
 
-__all__ = ["Statistics", "normalized", "observe", "observe_in"]
+__all__ = [
+    "Statistics",
+    "moments_in",
+    "normalized",
+    "observe",
+    "observe_in",
+    "observe_moments_in",
+]
 
 LARGEST = 10.0
 """Standard deviations beyond which a normalised observation is clipped."""
@@ -165,6 +172,47 @@ def observe_in(params: Params, obs: PyTree, mask: Bool[Array, "B T"]) -> Params:
     return jax.tree.map(at, params, is_leaf=_is_statistics)
 
 
+def moments_in(params: Params, obs: PyTree, mask: Bool[Array, "B T"]) -> PyTree:
+    """What a part of a batch says to each of the statistics in `params`.
+
+    Args:
+        params: as in `observe_in`.
+        obs: as in `observe`, of some rows.
+        mask: as in `observe`.
+
+    Returns:
+        Moments, one for each of the statistics; those of parts may be merged.
+
+    Raises:
+        ValueError: if `obs` has other shapes.
+    """
+    leaves = jax.tree.leaves(params, is_leaf=_is_statistics)
+    return [_moments(leaf, obs, mask) for leaf in leaves if _is_statistics(leaf)]
+
+
+def observe_moments_in(params: Params, moments: PyTree) -> Params:
+    """`observe_in`, for whoever never holds all observations at once.
+
+    Args:
+        params: as in `observe_in`.
+        moments: of the whole batch, from `moments_in`.
+
+    Returns:
+        The same tree with other statistics.
+
+    >>> params, mask = {"observations": _nothing(())}, jnp.ones((1, 2), bool)
+    >>> moments = moments_in(params, jnp.array([[1.0, 3.0]]), mask)
+    >>> observe_moments_in(params, moments)["observations"].mean.item()
+    2.0
+    """
+    of_each = iter(moments)
+
+    def at(leaf: PyTree) -> PyTree:
+        return _merged(leaf, next(of_each)) if _is_statistics(leaf) else leaf
+
+    return jax.tree.map(at, params, is_leaf=_is_statistics)
+
+
 def _is_statistics(x: PyTree) -> bool:
     return isinstance(x, Statistics)
 
@@ -192,11 +240,15 @@ def _seen(statistics: Statistics, obs: PyTree) -> PyTree:
 def _joined(
     statistics: Statistics, obs: PyTree, mask: Bool[Array, "B T"]
 ) -> Statistics:
+    return _merged(statistics, _moments(statistics, obs, mask))
+
+
+def _moments(statistics: Statistics, obs: PyTree, mask: Bool[Array, "B T"]) -> Moments:
     if isinstance(obs, MaskedObs):
-        return _joined(statistics, obs.features, mask)
+        return _moments(statistics, obs.features, mask)
     _check_shapes(statistics, obs, mask)
     samples = obs.astype(statistics.mean.dtype)
-    return _merged(statistics, merge_over_axis(jax.vmap(moments_of)(samples, mask)))
+    return merge_over_axis(jax.vmap(moments_of)(samples, mask))
 
 
 def _merged(statistics: Statistics, batch: Moments) -> Statistics:

@@ -42,6 +42,7 @@ __all__ = [
     "ValueState",
     "from_value_function",
     "no_statistics",
+    "take_in",
     "update_statistics",
     "value_network_baseline",
 ]
@@ -304,6 +305,26 @@ def update_statistics(
     reach = jnp.sum(credit.reach)
     mean = mean_credit(jnp.sum(credit.value), reach)
     variance = mean_credit(squared_errors(mean, credit), reach)
+    return take_in(old, mean, variance, kept)
+
+
+def take_in(
+    old: TargetStatistics,
+    mean: Float[Array, ""],
+    variance: Float[Array, ""],
+    kept: float = DECAY,
+) -> TargetStatistics:
+    """`update_statistics`, for whoever knows a batch by its mean and variance alone.
+
+    Args:
+        old: before the batch.
+        mean: of the batch's targets.
+        variance: about that mean.
+        kept: how much of the old ones stays, in [0, 1).
+
+    Returns:
+        The statistics with the batch taken in.
+    """
     weight = kept * old.weight + (1.0 - kept)
     rate = (1.0 - kept) / weight
     step = mean - old.mean

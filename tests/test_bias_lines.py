@@ -99,7 +99,7 @@ NO_ESTIMATORS = {
     "streams": {"batch_source", "episode_source", "stream_summary"},
     "surrogate": {"cross_entropy", "magic_box", "squared_error"},
     "trust_region": {"normalize_by_kl", "scale_by_kl", "trust_region"},
-    "value_functions": {"no_statistics", "update_statistics"},
+    "value_functions": {"no_statistics", "take_in", "update_statistics"},
 }
 
 

@@ -17,7 +17,7 @@ from jaxpg.algos.registry import RECIPES
 from jaxpg.algos.vtrace import VTraceConfig
 from jaxpg.critics import policy_rows
 from jaxpg.envs.probes import endless_reward, obs_and_action_reward, remember_first
-from jaxpg.rollout import RolloutState
+from jaxpg.episodes import ended_episodes
 from jaxpg.train import program
 from jaxpg.train.config import PolicyConfig, TrainConfig
 from jaxpg.train.models import build_critic, build_policy
@@ -65,8 +65,7 @@ def test_statistics_of_segments_by_hand():
         mask=np.ones((2, 4)),
         time=[[7, 8, 0, 1], [0, 1, 2, 3]],
     )
-    before = RolloutState(None, jnp.array([2, 2]), jnp.array([100.0, 1000.0]))
-    told = program._of_segments(rows, before)
+    told = program._of_segments(ended_episodes(rows, jnp.array([100.0, 1000.0])))
     # Ended: one that brought 100 and took 9 decisions in all, and one of 4 + 8.
     assert told["mean_return"] == (103.0 + 12.0) / 2
     assert told["mean_length"] == (9 + 2) / 2
@@ -75,7 +74,7 @@ def test_statistics_of_segments_by_hand():
 
 def test_where_no_episode_ended_there_is_no_mean():
     rows = rows_of([[1, 2]], [[0, 0]], [[0, 0]], [[1, 1]], [[0, 1]])
-    told = program._of_segments(rows, RolloutState(None, jnp.array([1]), jnp.zeros(1)))
+    told = program._of_segments(ended_episodes(rows, jnp.zeros(1)))
     assert np.isnan(told["mean_return"]) and np.isnan(told["mean_length"])
     assert told["num_episodes"] == 0 and told["num_steps"] == 2
 

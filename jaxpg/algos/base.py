@@ -21,10 +21,11 @@ from jaxtyping import Array
 
 from jaxpg._checks import check_positive, check_range
 from jaxpg.envs.base import Environment, Space
-from jaxpg.episodes import split_episodes
+from jaxpg.episodes import EndedEpisodes, split_episodes
 from jaxpg.gradients import MapRows, SumOverRows, map_plainly, sum_over_chunks
 from jaxpg.networks import Network
 from jaxpg.policies import Policy
+from jaxpg.rollout import RolloutState
 from jaxpg.trust_region import scale_by_kl
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
@@ -33,6 +34,8 @@ __all__ = [
     "AlgorithmState",
     "Episodes",
     "Info",
+    "Replay",
+    "Replayed",
     "Segments",
     "Task",
     "ascend",
@@ -117,6 +120,35 @@ class Task(NamedTuple):
     num_devices: int = 1
 
 
+class Replay(NamedTuple):
+    """Segments that are played again wherever they are looked at, and never stored.
+
+    Attributes:
+        params: of the actor that plays.
+        key: the key that all episodes derive from.
+        slots: what the segments continue, [B].
+        play: `play(params, key, slots) -> (rows, slots after them)`, of any of the
+            slots.
+    """
+
+    params: Params
+    key: PRNGKey
+    slots: RolloutState
+    play: Callable[[Params, PRNGKey, RolloutState], tuple[Trajectory, RolloutState]]
+
+
+class Replayed(NamedTuple):
+    """What must be kept of segments that were not stored.
+
+    Attributes:
+        after: the slots after the segments.
+        episodes: sums over the episodes that ended in them.
+    """
+
+    after: RolloutState
+    episodes: EndedEpisodes
+
+
 class Algorithm(NamedTuple):
     """A learning algorithm as a record of pure functions.
 
@@ -128,6 +160,9 @@ class Algorithm(NamedTuple):
             critic's memory beside its own, or another's.
         actor_params: `actor_params(state)`: the parameters to collect with.
         min_trajectories: the fewest trajectories that an update makes sense for.
+        update_replayed: `update_replayed(key, state, replay) -> (state, info, kept)`,
+            which takes the place of `update` where it is given: it plays segments
+            again in place of storing them, and takes in what was observed by itself.
     """
 
     init: Callable[[PRNGKey, PyTree], Any]
@@ -136,6 +171,9 @@ class Algorithm(NamedTuple):
     actor: Policy
     actor_params: Callable[[Any], Params]
     min_trajectories: int = 1
+    update_replayed: (
+        Callable[[PRNGKey, Any, Replay], tuple[Any, Info, Replayed]] | None
+    ) = None
 
 
 def make_task(env: Environment, policy: Policy, **changes: Any) -> Task:

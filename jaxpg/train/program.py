@@ -15,13 +15,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxpg.algos.base import Algorithm, Episodes, Info, Segments, Task, make_task
+from jaxpg.algos.base import (
+    Algorithm,
+    Episodes,
+    Info,
+    Replay,
+    Segments,
+    Task,
+    make_task,
+)
 from jaxpg.algos.registry import RECIPES
 from jaxpg.envs.base import Environment
+from jaxpg.episodes import EndedEpisodes, ended_episodes
 from jaxpg.networks import Network
 from jaxpg.normalizers import observe_in
 from jaxpg.policies import Policy
-from jaxpg.returns import suffix_recurrence
 from jaxpg.rollout import (
     RolloutState,
     rollout_episodes,
@@ -194,13 +202,31 @@ class Collector(NamedTuple):
             trajectories = self._episodes(params, key_rollout)
             statistics, rollout = _of_episodes(trajectories), state.rollout
         else:
-            key = jax.random.fold_in(state.key, EPISODES)
-            trajectories, rollout = self._segments(params, key, state.rollout)
-            statistics = _of_segments(trajectories, state.rollout)
+            if self.algorithm.update_replayed is not None:
+                return self._update_replayed(key_update, state)
+            key, before = jax.random.fold_in(state.key, EPISODES), state.rollout
+            assert isinstance(before, RolloutState)
+            trajectories, rollout = self._segments(params, key, before)
+            brought = before.episode_return
+            statistics = _of_segments(ended_episodes(trajectories, brought))
         new, info = self.algorithm.update(key_update, state.algorithm, trajectories)
         new = observe_batch(new, trajectories)
         after = TrainState(new, rollout, state.key, state.update + 1)
         return after, {**statistics, **info}
+
+    def _update_replayed(
+        self, key_update: PRNGKey, state: TrainState
+    ) -> tuple[TrainState, Info]:
+        assert self.algorithm.update_replayed is not None
+        assert isinstance(state.rollout, RolloutState)
+        params = self.algorithm.actor_params(state.algorithm)
+        key = jax.random.fold_in(state.key, EPISODES)
+        replay = Replay(params, key, state.rollout, self._play)
+        new, info, kept = self.algorithm.update_replayed(
+            key_update, state.algorithm, replay
+        )
+        after = TrainState(new, kept.after, state.key, state.update + 1)
+        return after, {**_of_segments(kept.episodes), **info}
 
     def _start(self, key: PRNGKey) -> RolloutState | tuple[()]:
         if isinstance(self.algorithm.collects, Episodes):
@@ -229,16 +255,20 @@ class Collector(NamedTuple):
     def _segments(
         self, params: Any, key: PRNGKey, rollout: Any
     ) -> tuple[Trajectory, RolloutState]:
-        collects = self.algorithm.collects
-        assert isinstance(collects, Segments)
-
         def on_one_device(shared: Any, rollout: RolloutState) -> Any:
             params, key = shared
-            return rollout_segments(
-                self.env, self.algorithm.actor, params, key, rollout, collects.num_steps
-            )
+            return self._play(params, key, rollout)
 
         return self.placement.map_rows(on_one_device, (params, key), rollout)
+
+    def _play(
+        self, params: Any, key: PRNGKey, rollout: RolloutState
+    ) -> tuple[Trajectory, RolloutState]:
+        collects = self.algorithm.collects
+        assert isinstance(collects, Segments)
+        return rollout_segments(
+            self.env, self.algorithm.actor, params, key, rollout, collects.num_steps
+        )
 
 
 def observe_batch(state: Any, trajectories: Trajectory) -> Any:
@@ -302,32 +332,19 @@ def _of_episodes(trajectories: Trajectory) -> Info:
     }
 
 
-def _of_segments(trajectories: Trajectory, before: Any) -> Info:
+def _of_segments(ended: EndedEpisodes) -> Info:
     """Of the episodes that ended in the segments; NaN where none did."""
+    count = ended.number.astype(ended.returns.dtype)
+    nothing = jnp.asarray(jnp.nan, ended.returns.dtype)
 
-    def so_far(rewards: Array, ends: Array, brought: Array) -> Array:
-        """The running episode's return after each decision."""
-        # Backwards in time reversed is forwards: a decision adds to what came before.
-        after_end = jnp.concatenate([jnp.zeros((1,), bool), ends[:-1]])
-        decays = jnp.where(after_end, 0.0, 1.0)
-        return suffix_recurrence(rewards[::-1], decays[::-1], brought)[::-1]
-
-    ends = trajectories.ends
-    returns = jax.vmap(so_far)(trajectories.reward, ends, before.episode_return)
-    num_episodes = jnp.sum(ends)
-    lengths = (trajectories.time + 1).astype(returns.dtype)
-    count = num_episodes.astype(returns.dtype)
-    nothing = jnp.asarray(jnp.nan, returns.dtype)
-
-    def mean(x: Array) -> Array:
-        total = jnp.sum(jnp.where(ends, x, 0.0))
-        return jnp.where(num_episodes > 0, total / jnp.maximum(count, 1.0), nothing)
+    def mean(total: Array) -> Array:
+        return jnp.where(ended.number > 0, total / jnp.maximum(count, 1.0), nothing)
 
     return {
-        "mean_return": mean(returns),
-        "mean_length": mean(lengths),
-        "num_episodes": num_episodes,
-        "num_steps": trajectories.num_decisions,
+        "mean_return": mean(ended.returns),
+        "mean_length": mean(ended.lengths),
+        "num_episodes": ended.number,
+        "num_steps": ended.num_decisions,
     }
 
 
