@@ -1,6 +1,6 @@
 """Does it pay to look? Attention beside random glimpses and nets that see everything.
 
-    python benchmarks/hard_attention.py                        everything, about an hour
+    python benchmarks/hard_attention.py                        everything, over an hour
     python benchmarks/hard_attention.py --models attention     some; others stay stored
     python benchmarks/hard_attention.py --num-updates 20 --num-seeds 1    a trial
 
@@ -37,7 +37,7 @@ MODELS = {
     "random-glimpses": "#555555",
 }
 LEARNING_RATES = {"convolutional": 2e-3, "fully-connected": 2e-3}
-NUM_UPDATES = 8000
+NUM_UPDATES = 12000
 NUM_SEEDS = 5
 EVALUATE_EVERY = 500
 

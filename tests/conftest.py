@@ -37,9 +37,27 @@ jax.config.update("jax_default_matmul_precision", "highest")
 _hook = install_import_hook("jaxpg", "shape_checker.check")
 
 
+# Begun first, so that no worker is left with a long file while the other has none.
+LONG = (
+    "test_resume",
+    "test_unbiased",
+    "test_distributed",
+    "test_train",
+    "test_devices",
+    "test_study",
+    "test_algorithm_contracts",
+    "test_exact",
+    "test_cli",
+    "test_distributions",
+    "test_policies",
+)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a table marked `thinned(n)` one row in n is for every day."""
+    """Long files first; of a table marked `thinned(n)` one row in n is for a day."""
+    places = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
     seen = collections.Counter()
     for item in items:
         mark = item.get_closest_marker("thinned")

@@ -187,6 +187,7 @@ def vtrace_by_loop(row, log_rhos, discount, lambda_, max_rho, max_c):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("n", [1, 2, 3, LENGTH - 1, LENGTH, 50])
+@pytest.mark.thinned(3)
 def test_n_step_returns_equal_a_loop(name, n, float64):
     row = random_row(name)
     expected = n_step_by_loop(row, 0.9, n)
@@ -195,6 +196,7 @@ def test_n_step_returns_equal_a_loop(name, n, float64):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("lambda_", [0.0, 0.3, 0.95, 1.0])
+@pytest.mark.thinned(3)
 def test_lambda_returns_are_the_mixture_of_n_step_returns(name, lambda_, float64):
     row = random_row(name)
     expected = mixture_by_loop(row, 0.9, lambda_)
@@ -229,6 +231,7 @@ RATIOS = np.random.default_rng(3).normal(size=LENGTH)
     ("lambda_", "max_rho", "max_c"),
     [(1.0, 1.0, 1.0), (0.7, 1.0, 1.0), (1.0, 2.0, 0.5), (0.9, 1e9, 1e9)],
 )
+@pytest.mark.thinned(3)
 def test_vtrace_equals_the_papers_sum(name, lambda_, max_rho, max_c, float64):
     row = random_row(name)
     ours = vtrace(
@@ -246,6 +249,7 @@ def test_vtrace_equals_the_papers_sum(name, lambda_, max_rho, max_c, float64):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("lambda_", [0.0, 0.6, 1.0])
+@pytest.mark.thinned(3)
 def test_vtrace_on_policy_is_the_lambda_return(name, lambda_, float64):
     row = random_row(name)
     ours = vtrace(row, jnp.zeros(LENGTH), 0.9, lambda_=lambda_)
@@ -277,6 +281,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.thinned(2)
 def test_joined_episodes_are_the_same_as_apart(form):
     row, log_rhos = random_row("several episodes"), jnp.asarray(RATIOS, float)
     joined = FORMS[form](row, log_rhos)
@@ -323,6 +328,7 @@ def test_no_derivative_flows_through_credit(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.thinned(2)
 def test_a_batch_by_vmap_equals_row_by_row(form):
     rows = [random_row(name, seed) for seed, name in enumerate(CASES)]
     batch = jax.tree.map(lambda *x: jnp.stack(x), *rows)
@@ -485,6 +491,7 @@ def with_exact_values(row):
 
 
 @pytest.mark.parametrize("lambda_", [0.0, 0.5, 1.0])
+@pytest.mark.thinned(3)
 def test_gae_is_unbiased_with_exact_values(lambda_, float64):
     """The value after the horizon is exactly 0, so no end needs special treatment."""
     mean, gradient = mean_gradient(

@@ -218,6 +218,7 @@ WORLDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.thinned(3)
 def test_it_learns(name):
     make_env, make_policy, settings, least, chance = WORLDS[name]
     env = make_env()
@@ -239,6 +240,7 @@ BOOTSTRAPPING = [name for name in RECIPES if RECIPES[name].needs_critic]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOOTSTRAPPING)
+@pytest.mark.thinned(2)
 def test_the_value_of_the_endless_world(name):
     """1 / (1 - d) = 10 in episodes of 5 decisions: truncations must be bootstrapped."""
     env = endless_reward(5)

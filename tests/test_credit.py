@@ -167,6 +167,7 @@ EVERY_FORM = [
 
 
 @pytest.mark.parametrize("settings", EVERY_FORM, ids=str)
+@pytest.mark.thinned(3)
 def test_no_derivative_flows_through(settings):
     config = CreditConfig(discount=DISCOUNT, **settings)
 
@@ -209,6 +210,7 @@ def test_a_batch_without_a_decision_has_no_credit(settings):
 
 
 @pytest.mark.parametrize("settings", EVERY_FORM, ids=str)
+@pytest.mark.thinned(3)
 def test_packed_is_apart(settings):
     config = CreditConfig(discount=DISCOUNT, **settings)
     apart = rows_of(

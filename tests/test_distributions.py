@@ -137,6 +137,7 @@ DISCRETE = {
 
 
 @pytest.mark.parametrize("build", DISCRETE.values(), ids=DISCRETE)
+@pytest.mark.thinned(2)
 def test_discrete_by_enumeration(build, float64):
     p, q = build(0), build(10)
     actions = every_action(p)
@@ -189,6 +190,7 @@ def parameters(policy):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.thinned(2)
 def test_kl_curves_like_the_fisher_information(kind, float64):
     p = make(kind, 0, (), 2, jnp.float64)
     if kind in ("gaussian", "tanh", "noise"):
@@ -426,6 +428,7 @@ def test_uniforms_lie_in_the_middle_of_their_cells(dtype, bits):
 
 @pytest.mark.parametrize("size", [2, 5, 40])
 @pytest.mark.parametrize("kind", ["categorical", "multi", "bernoulli"])
+@pytest.mark.thinned(2)
 def test_draws_have_their_frequencies(kind, size):
     policy = make(kind, 3, (), min(size, 5) if kind == "bernoulli" else size)
     actions = every_action(policy)
@@ -488,6 +491,7 @@ def test_gaussian_draws_carry_gradients():
 
 @pytest.mark.parametrize("masked", MASKS)
 @pytest.mark.parametrize("num_kept", [3, 7])  # with 2 masked: both ways of log_prob
+@pytest.mark.thinned(2)
 def test_masked_actions_leave_everything_else_alone(num_kept, masked):
     kept = normal(0, num_kept), normal(1, num_kept)
     where = np.arange(1, num_kept + 1)  # the first and the last action are masked
@@ -532,6 +536,7 @@ def test_fixed_bits_have_finite_slopes():
 
 @pytest.mark.parametrize("kind", ["categorical", "multi", "bernoulli"])
 @pytest.mark.parametrize("size", [3, 9])
+@pytest.mark.thinned(2)
 def test_extreme_logits_stay_finite(kind, size):
     p = jax.tree.map(lambda x: 1e4 * jnp.sign(x), make(kind, 0, (), size))
     q = jax.tree.map(jnp.negative, p)
@@ -582,6 +587,7 @@ def test_dtypes_are_kept(kind, dtype, float64):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.thinned(2)
 def test_passes_through_jit_vmap_and_scan(kind):
     policy, keys = make(kind, 0, (4,)), jax.random.split(jax.random.key(0), 4)
     if kind == "tanh":

@@ -362,6 +362,7 @@ def types(tree, batch_axes=0):
 
 
 @pytest.mark.parametrize("name", PROBES)
+@pytest.mark.thinned(2)
 def test_probes_keep_the_contract(name):
     """Named by its id, stable types, ends exactly at `max_steps`, finite beyond."""
     env = make(name)
@@ -387,6 +388,7 @@ def test_probes_keep_the_contract(name):
 
 
 @pytest.mark.parametrize("name", PROBES)
+@pytest.mark.thinned(3)
 def test_probes_follow_double_precision(name, float64):
     env = make(name)
     state, obs = env.reset(jax.random.key(0))

@@ -121,6 +121,7 @@ def test_each_name_says_what_it_needs(name):
 
 
 @pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.thinned(3)
 def test_what_needs_no_batch_has_no_summary(name, float64):
     which, rows = estimator(name), batch()
     summary = jax.eval_shape(lambda p: summarize_batch(which, p, rows), params_of())

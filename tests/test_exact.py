@@ -155,6 +155,7 @@ def test_long_horizons_equal_plain_loops():
 
 @worlds
 @pytest.mark.parametrize("discount", [1.0, 0.7])
+@pytest.mark.thinned(2)
 def test_enumerated_return_and_its_gradient(make_mdp, discount):
     mdp, policy, params = set_up(make_mdp)
 
@@ -175,6 +176,7 @@ def test_mixed_gradient_of_one_policy_is_the_gradient_in_the_dark_too():
 
 
 @worlds
+@pytest.mark.thinned(2)
 def test_fisher_matrix_is_the_mean_of_squared_scores(make_mdp):
     mdp, policy, params = set_up(make_mdp)
     vector, unravel = ravel_pytree(params)
@@ -205,6 +207,7 @@ def test_natural_gradient_solves_its_equation(make_mdp, damping):
 
 
 @worlds
+@pytest.mark.thinned(2)
 def test_records_of_all_paths(make_mdp):
     mdp, policy, params = set_up(make_mdp)
     paths = exact.enumerate_trajectories(mdp)
@@ -324,6 +327,7 @@ def score_times_return(policy, params, rows):
 
 
 @pytest.mark.parametrize("make_mdp", [canonical_mdp, canonical_pomdp])
+@pytest.mark.thinned(2)
 def test_variance_of_a_mean_falls_as_one_over_n(make_mdp):
     mdp, policy, params = set_up(lambda: make_mdp()._replace(horizon=2))
     estimate = functools.partial(score_times_return, policy, params)
@@ -424,6 +428,7 @@ def test_long_run_by_hand():
 
 
 @worlds
+@pytest.mark.thinned(2)
 def test_long_run_by_walking(make_mdp):
     mdp, policy, params = set_up(make_mdp)
     probabilities = exact.action_probabilities(mdp, policy, params)
@@ -453,6 +458,7 @@ def baxter_bartlett(mdp, policy, params, entered, beta):
 
 
 @worlds
+@pytest.mark.thinned(2)
 def test_discounted_approximation_is_baxter_and_bartletts(make_mdp):
     mdp, policy, params = set_up(make_mdp)
     paid = np.arange(1.0, len(mdp.initial) + 1) ** 2
@@ -509,6 +515,7 @@ def path_weights(mdp, policy, params, behaviour_params):
         lambda: random_mdp(3, 2, horizon=4, num_observations=3),
     ],
 )
+@pytest.mark.thinned(2)
 def test_second_moments_of_weights_are_those_of_all_paths(make_mdp):
     mdp, policy, params = set_up(make_mdp)
     behaviour = policy.init(jax.random.key(5), jnp.int32(0))

@@ -133,6 +133,7 @@ def test_catalogue(name):
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.thinned(3)
 def test_reset_has_the_strong_types_of_step(name):
     env = made(name)
     key = jax.random.key(0)

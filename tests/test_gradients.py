@@ -336,6 +336,7 @@ def test_a_chunk_that_would_be_nan_is_never_computed():
 
 @pytest.mark.parametrize("cut_rows", [False, True])
 @pytest.mark.parametrize("size", [None, 1, 15, 17, 32, 33, 64])
+@pytest.mark.thinned(3)
 def test_mapped_chunks_put_every_number_in_its_place(size, cut_rows):
     """Three rows of 19: pieces of at most 16 leave a rest in both directions."""
     worth = jax.random.normal(jax.random.key(0), (3, 19))

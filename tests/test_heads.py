@@ -72,6 +72,7 @@ def case(request):
     return CASES[request.param]
 
 
+@pytest.mark.thinned(2)
 def test_outputs_become_the_distribution_of_the_space(case):
     assert case.head.num_outputs == case.num_outputs
     policy = case.head.distribution(case.head.init(), normal(0, case.num_outputs))
@@ -112,6 +113,7 @@ def test_a_batch_is_its_rows(case, batch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.thinned(3)
 def test_numbers_have_the_type_of_the_outputs(case, dtype, float64):
     def numbers(outputs, key):
         policy = case.head.distribution(case.head.init(), outputs)
@@ -125,6 +127,7 @@ def test_numbers_have_the_type_of_the_outputs(case, dtype, float64):
     assert found[2].dtype == ("int32" if is_discrete else dtype)
 
 
+@pytest.mark.thinned(2)
 def test_scores_are_finite_and_reach_all_that_is_learned(case):
     outputs, params = 30 * normal(0, case.num_outputs), case.head.init()
 

@@ -266,6 +266,7 @@ def test_step_and_unroll_agree_decision_by_decision(case):
             assert np.unique(by_step).size > 1, "or this would not say much"
 
 
+@pytest.mark.thinned(4)
 def test_batches_of_rows_are_unrolled_as_rows(case):
     door, policy, params, obs = case
     carry = jax.tree.map(lambda x: x + 0.6, policy.initial_carry())
@@ -322,6 +323,7 @@ def test_params_depend_on_the_key_and_on_nothing_else(case):
     assert not all(jax.tree.leaves(same))
 
 
+@pytest.mark.thinned(3)
 def test_every_parameter_has_a_gradient(case):
     door, policy, params, obs = case
     kept = row(obs, some_action(door))
@@ -347,6 +349,7 @@ def test_init_and_step_over_seeds_equal_separate_calls(case):
         )
 
 
+@pytest.mark.thinned(3)
 def test_step_compiles_once(case):
     _, policy, params, obs = case
     chex.clear_trace_counter()
@@ -359,6 +362,7 @@ def test_step_compiles_once(case):
         step(params, jax.tree.map(lambda x, i=i: x[i], obs), key)
 
 
+@pytest.mark.thinned(3)
 def test_it_learns_nothing_from_rows_that_are_not_there(case):
     """An empty slot's observation is zeros: its log-probability must be finite."""
     door, policy, params, obs = case
@@ -430,6 +434,7 @@ def test_double_precision_reaches_every_parameter(float64):
 
 
 @pytest.mark.parametrize("name", ["recurrent", "recurrent-gaussian", "cnn", "masked"])
+@pytest.mark.thinned(2)
 def test_step_and_unroll_agree_in_double_precision(name, float64):
     door = DOORS[name]
     policy = door.make()
@@ -506,6 +511,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("name", MASKS)
+@pytest.mark.thinned(2)
 def test_gradients_stay_finite_under_masks(name):
     space, mask, action = MASKS[name]
     distribution, logits = masked_logits(space, mask)

@@ -14,7 +14,12 @@ from jaxpg.envs.probes import delayed_reward, endless_reward
 from jaxpg.envs.tabular import random_mdp, tabular_environment
 from jaxpg.heads import Head, categorical_head
 from jaxpg.policies import Policy, from_apply, log_prob_fn, mlp_policy
-from jaxpg.rollout import rollout_episodes, rollout_segments, start_segments
+from jaxpg.rollout import (
+    PARTS,
+    rollout_episodes,
+    rollout_segments,
+    start_segments,
+)
 from jaxpg.train.sharding import place
 from jaxpg.types import StepOutput, Trajectory
 
@@ -593,16 +598,32 @@ def test_what_cannot_work_is_refused(call, sentence):
         call()
 
 
-def test_slots_apart_play_what_they_play_together():
+# Few slots are reset all at once, many a few at a time.
+@pytest.mark.parametrize("num_slots", [4, 4 * PARTS])
+def test_slots_apart_play_what_they_play_together(num_slots):
     """As on several devices: no episode is played twice, whoever holds its slot."""
-    together, _ = segment(start_segments(ENV, POLICY, KEY, 4), 12)
+    together, _ = segment(start_segments(ENV, POLICY, KEY, num_slots), 12)
+    ids = jnp.arange(num_slots, dtype=jnp.int32).reshape(-1, min(num_slots // 2, 8))
     parts = [
-        segment(start_segments(ENV, POLICY, KEY, 4, jnp.array(ids, jnp.int32)), 12)[0]
-        for ids in ([0, 1], [2, 3])
+        segment(start_segments(ENV, POLICY, KEY, num_slots, some), 12)[0]
+        for some in ids
     ]
     for whole, *apart in zip(*map(jax.tree.leaves, (together, *parts)), strict=True):
         np.testing.assert_allclose(whole, np.concatenate(apart), rtol=1e-5)
-    assert together.episode_id.max() >= 4, "some slots must have begun a second episode"
+    assert together.episode_id.max() >= num_slots, "a second episode must have begun"
+
+
+def test_resets_a_few_at_a_time_are_the_same_over_seeds():
+    def of_seed(key):
+        start = start_segments(ENV, POLICY, key, 2 * PARTS)
+        return rollout_segments(ENV, POLICY, PARAMS, key, start, 6)[0]
+
+    keys = jax.random.split(KEY, 2)
+    together = quick(jax.vmap(of_seed))(keys)
+    for i, key in enumerate(keys):
+        assert_same_decisions(
+            jax.tree.map(lambda x, i=i: x[i], together), quick(of_seed)(key)
+        )
 
 
 def test_rewards_arrive_at_the_decision_that_earned_them():

@@ -43,6 +43,7 @@ ROWS = [
     if not dict(row.settings).get("discount")
     and row.baseline not in ("constant", "value")
     if row.ratio == "none" or row.baseline == "none"
+    if row.credit == "reward-to-go"
 ]
 STORED = {row["name"]: row for row in timing.load("oracle-table")["rows"]}
 PAIRS = 2048

@@ -337,6 +337,7 @@ def single_runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("at_once", [None, 1], ids=["side by side", "in turn"])
+@pytest.mark.thinned(2)
 def test_a_sweep_equals_single_runs(tmp_path, single_runs, at_once):
     config = tiny(
         tmp_path,
@@ -387,6 +388,7 @@ def test_members_are_all_combinations_of_values_and_seeds():
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.thinned(3)
 def test_every_number_of_every_algorithm_can_be_swept(tmp_path, name, monkeypatch):
     """Traced in place of numbers; nothing is compiled."""
     from jaxtyping import config as checker
@@ -448,7 +450,7 @@ def test_stored_settings_build(tmp_path, pair):
     ],
     ids="/".join,
 )
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 def test_an_update_with_stored_settings_can_be_traced(tmp_path, pair):
     run, state = built(pair, tmp_path)
     after, metrics = jax.eval_shape(run.program.advance, state, np.int32(1))

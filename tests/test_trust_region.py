@@ -99,6 +99,7 @@ def bits(tree):
 
 @worlds
 @pytest.mark.parametrize("damping", [0.0, 0.3])
+@pytest.mark.thinned(2)
 def test_natural_gradient_is_the_oracles(make_mdp, damping, float64):
     oracle = Oracle(make_mdp)
     update, state = oracle.step(natural_gradient(**EXACTLY | {"damping": damping}))
@@ -297,6 +298,7 @@ NO_STEP = {
 
 @pytest.mark.parametrize("changes", NO_STEP.values(), ids=NO_STEP)
 @pytest.mark.parametrize("gradient", [1.0, jnp.nan])
+@pytest.mark.thinned(3)
 def test_without_a_step_the_parameters_stay_to_the_bit(changes, gradient):
     params = {"a": jnp.array([0.1, -0.0, 0.0, -3e-38]), "b": jnp.array(1e30)}
     functions = {

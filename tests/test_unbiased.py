@@ -61,6 +61,7 @@ def rows_for(world):
             for row in ON_POLICY
             if sees_state or row.baseline != "value"
             if row.credit == "reward-to-go" or row.baseline in ("none", "leave-one-out")
+            if sees_state or not (row.settings or row.baseline.endswith("-plain"))
         ],
         [row for row in OFF_POLICY if row.baseline == "none"],
     )

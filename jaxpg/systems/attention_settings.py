@@ -47,7 +47,7 @@ class HardAttentionSettings:
     """Canvases of an update, all drawn anew."""
     learning_rate: float = 1e-3
     """Of Adam."""
-    decay_updates: int = 8000
+    decay_updates: int = 12000
     """Updates over which the learning rate falls, by a cosine, to a twentieth."""
     spread_updates: int = 1000
     """Updates over which digits spread from the middle of canvases to all of them, so

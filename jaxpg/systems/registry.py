@@ -13,7 +13,7 @@ SYSTEMS: dict[str, Recipe] = {
         "a window that learns where to look, on cluttered canvases",
         HardAttentionSettings,
         hard_attention,
-        RunSettings(num_updates=8000, evaluate_every=500, checkpoint_every=1000),
+        RunSettings(num_updates=12000, evaluate_every=500, checkpoint_every=1000),
     ),
     "discrete-vae": Recipe(
         "digits from bits or categories, by any estimator of its gradient",
