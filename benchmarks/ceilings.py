@@ -32,7 +32,12 @@ from jaxpg.envs.base import Environment
 from jaxpg.gradients import Chunks, score_gradient
 from jaxpg.policies import log_prob_fn, mlp_policy
 from jaxpg.returns import rewards_to_go, step_discounts
-from jaxpg.rollout import rollout_episodes, rollout_segments, start_segments
+from jaxpg.rollout import (
+    restart_ended,
+    rollout_episodes,
+    rollout_segments,
+    start_segments,
+)
 from jaxpg.train.sharding import Placement, place
 from jaxpg.types import Trajectory
 
@@ -275,7 +280,8 @@ def environment_alone(
     def steps(key: Any, ids: Any) -> Any:
         key_reset, key_action = jax.random.split(key)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key_reset, ids)
-        state, _ = jax.vmap(env.reset)(keys)
+        restart = jax.vmap(env.reset)
+        state, _ = restart(keys)
         draws = jax.random.split(key_action, num_steps * ids.shape[0])
         actions = jax.vmap(env.action_space.sample)(draws)
         actions = actions.reshape((num_steps, ids.shape[0], *actions.shape[1:]))
@@ -284,11 +290,7 @@ def environment_alone(
             after, output = jax.vmap(env.step)(keys, state, action)
             ends = output.terminated | output.truncated
 
-            def reset() -> Any:
-                fresh, _ = jax.vmap(env.reset)(keys)
-                return jax.tree.map(lambda x, y: _select(ends, x, y), fresh, after)
-
-            after = jax.lax.cond(jnp.any(ends), reset, lambda: after)
+            after = restart_ended(lambda keys: restart(keys)[0], keys, ends, after)
             return after, (jnp.sum(output.obs), output.reward)
 
         sums, rewards = jax.lax.scan(step, state, actions)[1]
@@ -296,11 +298,6 @@ def environment_alone(
 
     compiled = jax.jit(lambda k, ids: placement.map_rows(steps, k, ids))
     return lambda: compiled(jax.random.key(5), jnp.arange(num_envs))
-
-
-def _select(where: Any, new: Any, old: Any) -> Any:
-    flags = where.reshape(where.shape + (1,) * (new.ndim - 1))
-    return jnp.where(flags, new, old)
 
 
 def print_table(results: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ def main() -> None:
     if options.child:
         print(json.dumps(of_this_process(options.child, 2 ** options.sizes[0])))
         return
+    jax.config.update("jax_num_cpu_devices", 2)  # before JAX computes anything
     found: dict[str, Any] = {
         "settings": {"replay_envs": REPLAY_ENVS, "rounds": options.rounds},
         "stored_bytes_per_step": bytes_of_a_step(),
@@ -93,7 +94,6 @@ def of_this_process(form: str, num_envs: int) -> dict[str, Any]:
 
 def cost(env: str, num_envs: int, rounds: int) -> dict[str, Any]:
     """Seconds of a decision in both forms, and their ratio."""
-    jax.config.update("jax_num_cpu_devices", 2)
     programs = {
         form: Program(env, num_envs, "ppo", **changes)
         for form, changes in FORMS.items()

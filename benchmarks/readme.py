@@ -164,6 +164,23 @@ def large_batches() -> str:
     )
 
 
+def slow_worlds() -> str:
+    stored = timing.load("slow-worlds-cpu")
+    names = list(next(iter(stored["table"].values())))
+    lines = [
+        "| world | " + " | ".join(names) + " |",
+        "|---|" + "---|" * len(names),
+    ]
+    for world, rows in stored["table"].items():
+        cells = [f"{rows[name]['median'] / 1e3:.4g}" for name in names]
+        lines.append(f"| {world} | " + " | ".join(cells) + " |")
+    settings = stored["settings"]
+    return "\n".join(lines) + (
+        f"\n\n(thousand steps/s of {settings['num_envs']} worlds on one device, median "
+        f"of {settings['rounds']} rounds in turns; {machine(stored)})\n"
+    )
+
+
 def ceilings() -> str:
     stored = timing.load("ceilings-cpu")
     settings = stored["settings"]
@@ -474,6 +491,7 @@ BLOCKS = {
     "throughput": throughput,
     "scaling": scaling,
     "large-batches": large_batches,
+    "slow-worlds": slow_worlds,
     "ceilings": ceilings,
     "variants": variants,
     "kernels": kernels,

@@ -19,6 +19,7 @@ import timing
 from jaxpg import envs
 from jaxpg.gradients import Chunks, score_gradient
 from jaxpg.policies import log_prob_fn, mlp_policy
+from jaxpg.rollout import FEW
 from jaxpg.types import Trajectory
 
 ENV = envs.make("CartPole-v1")
@@ -27,7 +28,7 @@ POLICY = mlp_policy(ENV.observation_space, ENV.action_space)
 
 class Variant(NamedTuple):
     random: str = "by episode and decision"
-    reset: str = "under one cond"
+    reset: str = "of what has ended"
     layout: str = "time first, swapped once"
     implementation: str = "threefry2x32"
 
@@ -38,6 +39,7 @@ VARIANTS = {
     "all uniforms drawn before": Variant(random="drawn before"),
     "rbg keys": Variant(implementation="rbg"),
     "unsafe_rbg keys": Variant(implementation="unsafe_rbg"),
+    "reset of all under one cond": Variant(reset="under one cond"),
     "reset at every step": Variant(reset="at every step"),
     "rows first, written in place": Variant(layout="rows first"),
 }
@@ -99,8 +101,21 @@ def rollout(variant: Variant, params: Any, key: Any, slots: Any, num_steps: int)
                 slots,
             )
 
+        def reset_few() -> Any:
+            (which,) = jnp.nonzero(ends, size=num_slots // FEW, fill_value=num_slots)
+            fresh = jax.vmap(restart)(jax.tree.map(lambda x: x[which], slots))
+            return jax.tree.map(
+                lambda x, y: x.at[which].set(y, mode="drop"), slots, fresh
+            )
+
+        def reset_those() -> Any:
+            many = jnp.sum(ends) > num_slots // FEW
+            return jax.lax.cond(many, reset, reset_few)
+
         if variant.reset == "at every step":
             slots = reset()
+        elif variant.reset == "of what has ended":
+            slots = jax.lax.cond(jnp.any(ends), reset_those, lambda: slots)
         else:
             slots = jax.lax.cond(jnp.any(ends), reset, lambda: slots)
         if variant.layout != "rows first":

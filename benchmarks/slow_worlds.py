@@ -1,14 +1,16 @@
-"""What gymnax's slow worlds cost, and what of it is resets.
+"""What gymnax's slow worlds cost, and what of it an adapter can save.
 
-    python benchmarks/slow_worlds.py [--num-envs 2048] [--rounds 3]
+    python benchmarks/slow_worlds.py [--num-envs 512] [--rounds 3]
 
-    never                    ended episodes step on: the world's own cost
-    all when any has ended   what jaxpg's rollouts do
-    a 32nd at a time         only so many are reset as have ended, rounded up
-    gymnax's own step        resets every world at every step
+    never               ended episodes step on: the world's own cost
+    never, in blocks    the same, 32 worlds at a time: states that fit the cache
+    what has ended      those alone are reset where they are few: what jaxpg's rollouts
+                        do on CPU
+    all when any has    all are reset once one has ended, under one `cond`
+    gymnax's own step   resets every world at every step
 
 Random actions, one device, in turns. What is left without resets is the world's own
-step, which no adapter can make cheaper.
+step, which no adapter can make cheaper without writing the world anew.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 import timing
 
 from jaxpg import envs
+from jaxpg.rollout import restart_ended
 
 WORLDS = [
     "CartPole-v1",
@@ -31,12 +34,12 @@ WORLDS = [
     "Seaquest-MinAtar",
 ]
 NUM_STEPS = 64
-PARTS = 32
+BLOCK = 32
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--num-envs", type=int, default=2048)
+    parser.add_argument("--num-envs", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     table = {}
@@ -47,14 +50,14 @@ def main() -> None:
 
 
 def of_world(name: str, num_envs: int, rounds: int) -> dict[str, Any]:
-    """Steps per second of each way to reset, and of resets alone."""
+    """Steps per second of each way to reset."""
     env = envs.make(name)
     programs: dict[str, Callable[[], Any]] = {
         "never": steps_of(env, num_envs, never),
-        "all when any has ended": steps_of(env, num_envs, all_when_any),
-        f"a {PARTS}nd of the slots at a time": steps_of(env, num_envs, in_parts),
+        "never, in blocks": steps_of(env, num_envs, never, in_blocks),
+        "what has ended": steps_of(env, num_envs, of_what_has_ended),
+        "all when any has": steps_of(env, num_envs, all_when_any),
         "gymnax's own step": gymnax_steps(name, num_envs),
-        "resets alone": resets(env, num_envs),
     }
     seconds = timing.time_in_turns(programs, rounds)
     amount = num_envs * NUM_STEPS
@@ -69,29 +72,36 @@ def never(env: Any, keys: Any, ended: Any, state: Any) -> Any:
     return state
 
 
+def reset_all(env: Any, keys: Any, ended: Any, state: Any) -> Any:
+    fresh, _ = jax.vmap(env.reset)(keys)
+    return jax.tree.map(lambda x, y: _select(ended, x, y), fresh, state)
+
+
 def all_when_any(env: Any, keys: Any, ended: Any, state: Any) -> Any:
-    def reset() -> Any:
-        fresh, _ = jax.vmap(env.reset)(keys)
-        return jax.tree.map(lambda x, y: _select(ended, x, y), fresh, state)
-
-    return jax.lax.cond(jnp.any(ended), reset, lambda: state)
+    return jax.lax.cond(
+        jnp.any(ended), lambda: reset_all(env, keys, ended, state), lambda: state
+    )
 
 
-def in_parts(env: Any, keys: Any, ended: Any, state: Any) -> Any:
-    """The first few that have ended, until none is left: resets are as many as ends."""
-    size = ended.shape[0] // PARTS
-
-    def some(carry: Any) -> Any:
-        ended, state = carry
-        (which,) = jnp.nonzero(ended, size=size, fill_value=ended.shape[0])
-        fresh, _ = jax.vmap(env.reset)(keys[which])
-        put = jax.tree.map(lambda x, y: x.at[which].set(y, mode="drop"), state, fresh)
-        return ended.at[which].set(False, mode="drop"), put
-
-    return jax.lax.while_loop(lambda c: jnp.any(c[0]), some, (ended, state))[1]
+def of_what_has_ended(env: Any, keys: Any, ended: Any, state: Any) -> Any:
+    return restart_ended(lambda keys: jax.vmap(env.reset)(keys)[0], keys, ended, state)
 
 
-def steps_of(env: Any, num_envs: int, reset: Reset) -> Callable[[], Any]:
+Over = Callable[[Any, Any], Any]
+"""`over(step, arguments)`: one step of every world."""
+
+
+def at_once(step: Any, arguments: Any) -> Any:
+    return jax.vmap(step)(*arguments)
+
+
+def in_blocks(step: Any, arguments: Any) -> Any:
+    return jax.lax.map(lambda x: step(*x), arguments, batch_size=BLOCK)
+
+
+def steps_of(
+    env: Any, num_envs: int, reset: Reset, over: Over = at_once
+) -> Callable[[], Any]:
     """Random decisions of every world in step."""
 
     @jax.jit
@@ -102,7 +112,7 @@ def steps_of(env: Any, num_envs: int, reset: Reset) -> Callable[[], Any]:
         def step(state: Any, number: Any) -> Any:
             now = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
             action = jax.vmap(env.action_space.sample)(now)
-            after, output = jax.vmap(env.step)(now, state, action)
+            after, output = over(env.step, (now, state, action))
             ended = output.terminated | output.truncated
             total = jnp.sum(output.obs, dtype=float), jnp.sum(output.reward)
             return reset(env, now, ended, after), total
@@ -131,22 +141,6 @@ def gymnax_steps(name: str, num_envs: int) -> Callable[[], Any]:
             return state, (jnp.sum(obs, dtype=float), jnp.sum(reward))
 
         return jax.lax.scan(step, state, jnp.arange(NUM_STEPS))[1]
-
-    return lambda: run(jax.random.key(0))
-
-
-def resets(env: Any, num_envs: int) -> Callable[[], Any]:
-    """As many resets as the others make decisions."""
-
-    @jax.jit
-    def run(key: Any) -> Any:
-        def again(total: Any, number: Any) -> Any:
-            keys = jax.random.split(jax.random.fold_in(key, number), num_envs)
-            state, obs = jax.vmap(env.reset)(keys)
-            leaves = [jnp.sum(x, dtype=float) for x in jax.tree.leaves(state)]
-            return total + sum(leaves) + jnp.sum(obs, dtype=float), None
-
-        return jax.lax.scan(again, jnp.zeros(()), jnp.arange(NUM_STEPS))[0]
 
     return lambda: run(jax.random.key(0))
 

@@ -22,11 +22,12 @@ after (K - 1) * L turns every slot has finished K - 1 episodes or found the queu
 so all N have started, and L turns later they have ended. The loop stops with the last.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxpg._batching import anywhere
 from jaxpg._checks import check_positive
@@ -37,14 +38,15 @@ from jaxpg.types import Params, PRNGKey, PyTree, StepOutput, Trajectory
 __all__ = [
     "RolloutState",
     "Slot",
+    "restart_ended",
     "rollout_episodes",
     "rollout_segments",
     "start_segments",
 ]
 
 
-PARTS = 16
-"""Slots are reset in so many parts, at most, where only some have ended."""
+FEW = 8
+"""Slots that have ended are reset alone where they are this part of all, or less."""
 
 
 class Slot(NamedTuple):
@@ -239,7 +241,7 @@ def rollout_segments(
         slots, decision = decide(slots)
         ends = decision.terminated | decision.truncated
 
-        slots = _restarted(restart, slots.episode_id + state.stride, ends, slots)
+        slots = restart_ended(restart, slots.episode_id + state.stride, ends, slots)
         episode_return = jnp.where(ends, 0.0, episode_return + decision.reward)
         return (slots, episode_return), decision
 
@@ -249,6 +251,50 @@ def rollout_segments(
     )
     trajectory = _rows_first(decisions)._replace(carry=first_carry)
     return trajectory, RolloutState(slots, state.stride, episode_return)
+
+
+def restart_ended(
+    restart: Callable[[Array], PyTree],
+    ids: Array,
+    ends: Bool[Array, "M"],
+    slots: PyTree,
+) -> PyTree:
+    """Slots that have ended begin the episodes `ids`; the others go on.
+
+    Of many slots few end together, and on CPU those few alone are reset: a reset of all
+    for their sake halves the rate of fast worlds. Where launching work is what costs,
+    all are reset together.
+
+    Args:
+        restart: `restart(ids) -> slots` at their episodes' beginnings, of any number.
+        ids: of the episodes that may begin, [M].
+        ends: whether a slot's episode has ended.
+        slots: a tree with M in front.
+
+    Returns:
+        The slots before their next decision.
+
+    >>> ids, ends = jnp.arange(3), jnp.array([False, True, False])
+    >>> restart_ended(lambda ids: 10 * ids, ids, ends, jnp.ones(3, int)).tolist()
+    [1, 10, 1]
+    """
+    num_slots = ends.shape[0]
+    few = num_slots // FEW if jax.default_backend() == "cpu" else 0
+
+    def of_all() -> PyTree:
+        return _select(ends, restart(ids), slots)
+
+    def of_few() -> PyTree:
+        (which,) = jnp.nonzero(ends, size=few, fill_value=num_slots)
+        fresh = restart(ids[which])  # clipped beyond the end, and then dropped
+        return jax.tree.map(lambda x, y: x.at[which].set(y, mode="drop"), slots, fresh)
+
+    def of_those() -> PyTree:
+        if few == 0:
+            return of_all()
+        return jax.lax.cond(anywhere(jnp.sum(ends) > few), of_all, of_few)
+
+    return jax.lax.cond(anywhere(ends), of_those, lambda: slots)
 
 
 def _start_episode(
@@ -328,33 +374,9 @@ def _next_episodes(
         episode_ids[jnp.clip(place, 0, episode_ids.shape[0] - 1)],
         slots.episode_id,
     )
-    slots = _restarted(restart, ids, ends, slots)
+    slots = restart_ended(restart, ids, ends, slots)
     num_started = num_started + jnp.sum(free, dtype=jnp.int32)
     return slots, running & (~ends | has_next), num_started
-
-
-def _restarted(restart: Any, ids: Array, ends: Array, slots: Slot) -> Slot:
-    """Slots that have ended begin the episodes `ids`; the others go on.
-
-    Of many slots few end together, so on CPU they begin anew a few at a time, until
-    none is left: a reset of all for the sake of some halves the rate of fast worlds.
-    Where launching work is what costs, all are reset together.
-    """
-    num_slots = ends.shape[0]
-    some = num_slots // PARTS
-    if some < 1 or jax.default_backend() != "cpu":
-        return jax.lax.cond(
-            anywhere(ends), lambda: _select(ends, restart(ids), slots), lambda: slots
-        )
-
-    def visit(carry: tuple[Array, Slot]) -> tuple[Array, Slot]:
-        left, slots = carry
-        (which,) = jnp.nonzero(left, size=some, fill_value=num_slots)
-        fresh = restart(ids[which])  # clipped beyond the end, and then dropped
-        slots = jax.tree.map(lambda x, y: x.at[which].set(y, mode="drop"), slots, fresh)
-        return left.at[which].set(False, mode="drop"), slots
-
-    return jax.lax.while_loop(lambda carry: anywhere(carry[0]), visit, (ends, slots))[1]
 
 
 def _select(where: Array, new: PyTree, old: PyTree) -> PyTree:

@@ -30,7 +30,10 @@ BOTH = NUM_PARAMS + NUM_CRITIC_PARAMS
 
 def train(name, num_devices, count, folder):
     """First params, the state and the numbers after some updates, and the exchanges."""
+    name, replayed = name.removesuffix(" replayed"), name.endswith(" replayed")
     settings = {"num_steps": NUM_STEPS} if name in SEGMENTS else {"episodes_per_env": 1}
+    if replayed:
+        settings |= {"replay_envs": 1, "standardize": "batch", "num_minibatches": 2}
     config = TrainConfig(
         num_envs=NUM_ENVS,
         num_devices=num_devices,
@@ -76,7 +79,7 @@ DAILY = ("reinforce", "trpo", "ppo")
     "name",
     [
         pytest.param(name, marks=() if name in DAILY else pytest.mark.exhaustive)
-        for name in RECIPES
+        for name in (*RECIPES, "ppo replayed")
     ],
 )
 def test_twenty_updates_are_one_devices_and_no_row_is_exchanged(
@@ -87,7 +90,9 @@ def test_twenty_updates_are_one_devices_and_no_row_is_exchanged(
     largest = max(size for x in talk for size in x.sizes)
     # Gradients with their sums, or for every decision time a sum in eight folds.
     assert NUM_PARAMS <= largest <= max(BOTH + 8, 8 * MAX_STEPS)
-    assert largest < NUM_ENVS * (NUM_STEPS if name in SEGMENTS else MAX_STEPS)
+    assert largest < NUM_ENVS * (
+        NUM_STEPS if name.split()[0] in SEGMENTS else MAX_STEPS
+    )
     if name == "ppo":
         assert_one_vector_a_step(talk)
 

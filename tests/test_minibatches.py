@@ -160,8 +160,8 @@ def test_devices_do_not_change_the_minibatches(num_devices, cut_rows):
         (
             (6, 4, 4),
             False,
-            "^num_minibatches is 4, needs a divisor of num_envs = 6, because a policy "
-            "with memory keeps rows whole$",
+            "^num_minibatches is 4, needs a divisor of num_envs = 6, because "
+            "a memory or a replay keeps rows whole$",
         ),
         ((4, 3, 0), True, "^num_minibatches is 0, needs a whole number of at least 1"),
     ],

@@ -14,6 +14,7 @@ from jaxpg.envs import make
 from jaxpg.train.config import PolicyConfig, TrainConfig
 from jaxpg.train.models import build_critic, build_policy
 from jaxpg.train.program import Collector
+from jaxpg.train.run import create_run, initial_state, open_run
 from jaxpg.train.sharding import place
 
 ENV = make("CartPole-v1", max_steps=12)  # cut off by the clock, now and then
@@ -42,7 +43,10 @@ def split(settings):
 
 
 def collector(settings, replay_envs=None, num_devices=1, num_envs=NUM_ENVS):
-    """A run's updates; rows stay whole in both forms, so that minibatches are alike."""
+    """A run's updates; rows stay whole in both forms, so that minibatches are alike.
+
+    Replayed rows do by themselves; stored ones do as if the policy had a memory.
+    """
     policy_settings, settings = split(settings)
     algorithm = dataclasses.replace(STORED, replay_envs=replay_envs, **settings)
     config = TrainConfig(
@@ -51,7 +55,9 @@ def collector(settings, replay_envs=None, num_devices=1, num_envs=NUM_ENVS):
         algorithm=algorithm,
         policy=PolicyConfig(hidden=(4,), **policy_settings),
     )
-    policy = build_policy(config, ENV)._replace(is_recurrent=True)
+    policy = build_policy(config, ENV)
+    if replay_envs is None:
+        policy = policy._replace(is_recurrent=True)
     placement = place(num_devices, num_envs=num_envs)
     task = make_task(
         ENV,
@@ -84,7 +90,8 @@ def stored(name):
         return after_three(SETTINGS[name])
 
 
-SOME, ALL, SPREAD = (4, 1), (64, 1), (2, 4)  # replayed together, devices
+# Environments that are replayed together, and devices. Three leave a rest.
+SOME, REST, ALL, SPREAD = (4, 1), (3, 1), (64, 1), (2, 4)
 
 
 @pytest.mark.thinned(3)
@@ -94,11 +101,11 @@ SOME, ALL, SPREAD = (4, 1), (64, 1), (2, 4)  # replayed together, devices
         ("plain", SPREAD),
         ("plain", SOME),
         ("plain", ALL),
-        ("with memory", SOME),
+        ("with memory", REST),
         ("not standardised", SOME),
         ("a penalty", SOME),
-        ("normalised", SPREAD),
         ("stopped", SOME),
+        ("normalised", SPREAD),
     ],
 )
 def test_an_update_is_the_stored_batches(name, how, float64):
@@ -130,10 +137,34 @@ def test_memory_is_that_of_the_rows_played_together():
     assert working(1024, None) > few + batch
 
 
+def test_a_swept_run_on_two_devices_goes_on_alone(tmp_path):
+    """Members side by side, several devices, and any number of them afterwards."""
+    config = TrainConfig(
+        env="CartPole-v1",
+        num_envs=12,
+        num_devices=2,
+        num_updates=4,
+        num_seeds=2,
+        sweep=(("discount", (0.9, 0.99)),),
+        algorithm=dataclasses.replace(STORED, replay_envs=5, num_minibatches=3),
+        policy=PolicyConfig(hidden=(4,)),
+        runs_dir=tmp_path,
+        name="run",
+    )
+    run = create_run(config)
+    _, told = run.program.advance(initial_state(run), np.int32(2))
+    assert np.isfinite(np.asarray(told["kl"])[:2]).all()
+    assert (np.asarray(told["num_steps"])[:2] == 12 * NUM_STEPS).all()
+    again = open_run(run.folder, num_devices=1)
+    _, told_alone = again.program.advance(initial_state(again), np.int32(2))
+    for name in ("kl", "mean_return", "explained_variance"):
+        np.testing.assert_allclose(told[name][:2], told_alone[name][:2], rtol=1e-3)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"standardize is 'minibatch', .* 'batch'"):
         PPOConfig(replay_envs=4)
     with pytest.raises(ValueError, match="replay_envs is 0"):
         PPOConfig(replay_envs=0, standardize="batch")
-    with pytest.raises(ValueError, match=r"replay_envs is 5.*16"):
-        collector({}, replay_envs=5)
+    with pytest.raises(ValueError, match=r"needs a divisor of num_envs = 3, .* replay"):
+        collector({}, replay_envs=4, num_envs=3)

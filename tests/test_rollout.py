@@ -15,7 +15,8 @@ from jaxpg.envs.tabular import random_mdp, tabular_environment
 from jaxpg.heads import Head, categorical_head
 from jaxpg.policies import Policy, from_apply, log_prob_fn, mlp_policy
 from jaxpg.rollout import (
-    PARTS,
+    FEW,
+    restart_ended,
     rollout_episodes,
     rollout_segments,
     start_segments,
@@ -598,32 +599,55 @@ def test_what_cannot_work_is_refused(call, sentence):
         call()
 
 
-# Few slots are reset all at once, many a few at a time.
-@pytest.mark.parametrize("num_slots", [4, 4 * PARTS])
+@pytest.mark.parametrize("num_slots", [4, 2 * FEW])
 def test_slots_apart_play_what_they_play_together(num_slots):
     """As on several devices: no episode is played twice, whoever holds its slot."""
     together, _ = segment(start_segments(ENV, POLICY, KEY, num_slots), 12)
-    ids = jnp.arange(num_slots, dtype=jnp.int32).reshape(-1, min(num_slots // 2, 8))
+    ids = jnp.arange(num_slots, dtype=jnp.int32).reshape(2, -1)
     parts = [
         segment(start_segments(ENV, POLICY, KEY, num_slots, some), 12)[0]
         for some in ids
     ]
     for whole, *apart in zip(*map(jax.tree.leaves, (together, *parts)), strict=True):
-        np.testing.assert_allclose(whole, np.concatenate(apart), rtol=1e-5)
+        np.testing.assert_allclose(whole, np.concatenate(apart), rtol=1e-5, atol=1e-6)
     assert together.episode_id.max() >= num_slots, "a second episode must have begun"
 
 
-def test_resets_a_few_at_a_time_are_the_same_over_seeds():
-    def of_seed(key):
-        start = start_segments(ENV, POLICY, key, 2 * PARTS)
-        return rollout_segments(ENV, POLICY, PARAMS, key, start, 6)[0]
+def keyed(ids):
+    return {"key": jax.vmap(jax.random.key)(ids), "x": jnp.stack([ids, -ids], axis=1)}
 
-    keys = jax.random.split(KEY, 2)
-    together = quick(jax.vmap(of_seed))(keys)
-    for i, key in enumerate(keys):
-        assert_same_decisions(
-            jax.tree.map(lambda x, i=i: x[i], together), quick(of_seed)(key)
-        )
+
+@pytest.mark.parametrize("ended", [(), (3,), (0, 5, 31), range(4), range(5), range(32)])
+def test_what_has_ended_is_restarted_and_nothing_else(ended):
+    """Up to 32 / FEW = 4 alone, more all together."""
+    slots = keyed(jnp.arange(32))
+    ends = jnp.zeros(32, bool).at[jnp.array(ended, jnp.int32)].set(True)
+    after = quick(lambda *x: restart_ended(keyed, *x))(
+        jnp.arange(100, 132), ends, slots
+    )
+    ids = [100 + i if i in ended else i for i in range(32)]
+    np.testing.assert_array_equal(after["x"][:, 0], ids)
+    np.testing.assert_array_equal(
+        jax.random.key_data(after["key"]),
+        jax.random.key_data(keyed(jnp.array(ids))["key"]),
+    )
+
+
+def test_few_are_reset_alone_and_over_members_by_one_decision():
+    def of(ends):
+        return restart_ended(lambda ids: jnp.sin(ids), jnp.arange(32.0), ends, ids)
+
+    ids = jnp.arange(32.0)
+    ends = ids[None] < jnp.array([[2.0], [3.0]])
+    both = jax.vmap(of)(ends)
+    np.testing.assert_array_equal(both, jnp.where(ends, jnp.sin(ids)[None], ids[None]))
+    sines = [
+        line
+        for line in jax.jit(jax.vmap(of)).lower(ends).as_text().splitlines()
+        if "stablehlo.sine" in line
+    ]
+    assert len(sines) == 2, "one for those that have ended, one for all"
+    assert any("tensor<2x4xf32>" in line for line in sines)
 
 
 def test_rewards_arrive_at_the_decision_that_earned_them():

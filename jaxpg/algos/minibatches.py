@@ -90,7 +90,7 @@ def plan_minibatches(
     if size % num_minibatches:
         raise ValueError(
             f"num_minibatches is {num_minibatches}, needs a divisor of {what} = {size}"
-            + ("" if cut_rows else ", because a policy with memory keeps rows whole")
+            + ("" if cut_rows else ", because a memory or a replay keeps rows whole")
         )
     if not cut_rows:
         return Cut(num_minibatches, _num_groups(num_rows, 1, num_minibatches), None)
@@ -146,9 +146,11 @@ def shuffle_into_minibatches(
         count = numbers.shape[0]
 
         def blocks(x: Array) -> Array:
+            rows = x.shape[0] // count
             if cut.piece is None:
-                return x.reshape(count, -1, *x.shape[1:])
-            return x.reshape(count, -1, cut.piece, *x.shape[2:])
+                return x.reshape(count, rows, *x.shape[1:])
+            pieces = rows * x.shape[1] // cut.piece
+            return x.reshape(count, pieces, cut.piece, *x.shape[2:])
 
         blocked = jax.tree.map(blocks, rows)
         num_blocks = jax.tree.leaves(blocked)[0].shape[1]

@@ -54,7 +54,6 @@ from jaxpg.algos.ppo_steps import (
 from jaxpg.algos.replay import (
     Survey,
     alone,
-    check_replay,
     standardized_by,
     sum_over_replay,
     survey,
@@ -101,8 +100,6 @@ def ppo(config: PPOConfig, task: Task) -> Algorithm:
     critic = needed_critic(task)
     cut_rows = rows_cut(task) and config.replay_envs is None
     check_minibatches(task, config.num_steps, config.num_minibatches, cut_rows=cut_rows)
-    if config.replay_envs is not None and task.num_rows is not None:
-        check_replay(config.replay_envs, task.num_rows, task.num_devices)
     optimizers = _optimizers(config, task)
 
     def init(key: PRNGKey, obs: PyTree) -> PPOState:
@@ -173,7 +170,7 @@ def ppo(config: PPOConfig, task: Task) -> Algorithm:
         key: PRNGKey, state: PPOState, replay: Replay
     ) -> tuple[PPOState, Info, Replayed]:
         asked, seen_by = state.critic, (state.params, state.critic.params)
-        at_once = config.replay_envs or 1
+        at_once = _rows_at_once(config, task, replay)
         kept, found = survey(config, task, asked, replay, seen_by, rows_at_once=at_once)
         state = state._replace(critic=_followed(state.critic, found))
         state, info = epochs(
@@ -231,11 +228,17 @@ def _standardized(config: PPOConfig, minibatches: Batch) -> Batch:
     return minibatches._replace(advantages=advantages)
 
 
+def _rows_at_once(config: PPOConfig, task: Task, replay: Replay) -> int:
+    """As many as are asked for, and no more than a device has of a minibatch."""
+    share = replay.slots.stride.shape[0] // (task.num_devices * config.num_minibatches)
+    return max(1, min(config.replay_envs or 1, share))
+
+
 def _sum_over_slots(
     config: PPOConfig, task: Task, critic: CriticState, replay: Replay, found: Survey
 ) -> Sum:
     """How a minibatch of slots is summed over, by playing their rows again."""
-    here = alone(task)
+    here, at_once = alone(task), _rows_at_once(config, task, replay)
 
     def of_rows(shared: Any, rows: Trajectory) -> Any:
         critic, found, shared = shared
@@ -252,7 +255,7 @@ def _sum_over_slots(
             of_rows,
             (critic, found, shared),
             replay._replace(slots=slots),
-            rows_at_once=config.replay_envs or 1,
+            rows_at_once=at_once,
         )
 
     return sum_over

@@ -5,6 +5,10 @@ the run's key. So a batch can be its slots alone: a survey plays them once, for 
 must be known of all decisions together, and a gradient plays those of its minibatch,
 some at a time. What is paid is a rollout, and the critic's values, for every pass;
 memory is that of the slots and of the rows that are played together.
+
+Programs of different shapes may round differently. Where rounding tips a draw, a row
+that is played again parts from the one that was surveyed: a gradient is then of rows as
+good as those, with their own log-probabilities, and not of the same ones.
 """
 
 from collections.abc import Callable
@@ -14,9 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxpg._checks import check_divides
 from jaxpg.algos.base import Replay, Replayed, Task
-from jaxpg.algos.measures import count_non_finite_decisions
+from jaxpg.algos.measures import count_non_finite, count_non_finite_decisions
 from jaxpg.algos.segments import Advantages, advantages_of
 from jaxpg.critics import CriticState
 from jaxpg.episodes import ended_episodes
@@ -29,7 +32,6 @@ from jaxpg.types import Params, PyTree, Trajectory
 __all__ = [
     "Survey",
     "alone",
-    "check_replay",
     "standardized_by",
     "sum_over_replay",
     "survey",
@@ -63,29 +65,6 @@ def alone(task: Task) -> Task:
     return task._replace(map_rows=map_plainly, sum_over_rows=sum_over_chunks)
 
 
-def check_replay(rows_at_once: int, num_rows: int, num_devices: int) -> int:
-    """Rows that each device plays together: as many as are asked for and there are.
-
-    Args:
-        rows_at_once: as asked for.
-        num_rows: of the batch.
-        num_devices: that share them.
-
-    Returns:
-        A divisor of a device's rows.
-
-    Raises:
-        ValueError: if what is asked for is none.
-
-    >>> check_replay(256, 64, 2)
-    32
-    """
-    share = num_rows // num_devices
-    rows_at_once = min(rows_at_once, share)
-    check_divides("replay_envs", rows_at_once, "environments of each device", share)
-    return rows_at_once
-
-
 def survey(
     config: Any,
     task: Task,
@@ -103,16 +82,11 @@ def survey(
         critic: what it has learned.
         replay: the batch.
         seen_by: parameters that may hold statistics of observations.
-        rows_at_once: rows that are played together; divides each device's share.
+        rows_at_once: rows that are played together.
 
     Returns:
         What must be kept, and what must be known of all decisions together.
-
-    Raises:
-        ValueError: if the rows played together do not divide a device's.
     """
-    num_rows = replay.slots.stride.shape[0]
-    rows_at_once = check_replay(rows_at_once, num_rows, task.num_devices)
 
     def of_some(shared: Any, slots: RolloutState) -> tuple[RolloutState, Any]:
         critic, seen_by, params, key = shared
@@ -123,24 +97,23 @@ def survey(
         return after, (episodes, seen, *_numbers(rows, estimate))
 
     def on_one_device(shared: Any, slots: RolloutState) -> tuple[RolloutState, Any]:
-        parts = jax.tree.map(lambda x: x.reshape(-1, rows_at_once, *x.shape[1:]), slots)
-        after, found = jax.lax.map(lambda some: of_some(shared, some), parts)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), after), found
+        return _map_parts(lambda some: of_some(shared, some), slots, rows_at_once)
 
     shared = (critic, seen_by, replay.params, replay.key)
     after, found = task.map_rows(on_one_device, shared, replay.slots)
     episodes, seen, moments, largest, smallest, non_finite = found
     advantages, targets, errors = (merge_over_axis(each) for each in moments)
-    return Replayed(
-        after, jax.tree.map(lambda x: jnp.sum(x, axis=0), episodes)
-    ), Survey(
+    squares = variance(advantages, ddof=0)  # infinite where the type cannot hold them
+    lost = jnp.sum(non_finite, dtype=jnp.int32) + count_non_finite(squares)
+    kept = Replayed(after, jax.tree.map(lambda x: jnp.sum(x, axis=0), episodes))
+    return kept, Survey(
         [merge_over_axis(each) for each in seen],
         advantages,
         targets,
         errors,
         jnp.max(largest),
         jnp.min(smallest),
-        jnp.sum(non_finite),
+        lost,
     )
 
 
@@ -190,7 +163,8 @@ def standardized_by(
         advantages: of some of its rows.
 
     Returns:
-        In units of the batch's deviation, from its mean; 0 where it hardly varies.
+        In units of the batch's deviation, from its mean; 0 where it hardly varies, and
+        where its square is beyond the numbers of the type.
 
     Bias: biased, as `standardize`.
     """
@@ -199,6 +173,30 @@ def standardized_by(
     tells = std > 32.0 * jnp.finfo(std.dtype).eps * furthest
     centred = (advantages - found.advantages.mean) - found.advantages.mean_rest
     return jnp.where(tells, centred / jnp.where(tells, std, 1.0), 0.0)
+
+
+def _map_parts(
+    fn: Callable[[RolloutState], tuple[RolloutState, Any]],
+    slots: RolloutState,
+    rows_at_once: int,
+) -> tuple[RolloutState, Any]:
+    """`fn` of some slots at a time, and of the rest: slots, and one result a part."""
+    num_rows = slots.stride.shape[0]
+    count, rest = divmod(num_rows, min(rows_at_once, num_rows))
+    whole = num_rows - rest
+
+    def cut(x: Array) -> Array:
+        return x[:whole].reshape(count, whole // count, *x.shape[1:])
+
+    def joined(x: Array) -> Array:
+        return x.reshape(whole, *x.shape[2:])
+
+    after, found = jax.lax.map(fn, jax.tree.map(cut, slots))
+    parts = [(jax.tree.map(joined, after), found)]
+    if rest:
+        after, found = fn(jax.tree.map(lambda x: x[whole:], slots))
+        parts.append((after, jax.tree.map(lambda x: x[None], found)))
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
 def _numbers(rows: Trajectory, estimate: Advantages) -> Any:
