@@ -121,7 +121,7 @@ def climb(canvas):
     return jax.lax.scan(step, jnp.zeros(2), keys)[1]
 
 
-figure, axes = plt.subplots(1, 3, figsize=(7, 2.6))
+figure, axes = plt.subplots(1, 3, figsize=(7, 2.6), sharey=True)
 for axis, canvas in zip(axes, canvases.images, strict=False):
     rows, columns = (np.asarray(climb(canvas)).T + 1.0) / 2.0 * (base.canvas - 1)
     axis.imshow(canvas, cmap="gray_r", vmin=0, vmax=1.6)
