@@ -217,7 +217,10 @@ def another_value(kind, value):
 
 
 # Settings that need another one beside them.
-TOGETHER = {("off-policy", "credit"): {"ratio": "whole"}}
+TOGETHER = {
+    ("off-policy", "credit"): {"ratio": "whole"},
+    ("ppo", "replay_envs"): {"standardize": "batch"},
+}
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
