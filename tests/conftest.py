@@ -44,6 +44,7 @@ LONG = (
     "test_distributed",
     "test_train",
     "test_devices",
+    "test_notebooks",
     "test_study",
     "test_algorithm_contracts",
     "test_exact",

@@ -83,7 +83,6 @@ def as_a_user_has_it():
             jax.clear_caches()
 
 
-@pytest.mark.thinned(9)
 @EACH
 def test_the_quick_form_runs_and_shows_labelled_figures(source, monkeypatch):
     shown = []

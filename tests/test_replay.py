@@ -94,7 +94,7 @@ def stored(name):
 SOME, REST, ALL, SPREAD = (4, 1), (3, 1), (64, 1), (2, 4)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("name", "how"),
     [
@@ -102,9 +102,9 @@ SOME, REST, ALL, SPREAD = (4, 1), (3, 1), (64, 1), (2, 4)
         ("plain", SOME),
         ("plain", ALL),
         ("with memory", REST),
+        ("stopped", SOME),
         ("not standardised", SOME),
         ("a penalty", SOME),
-        ("stopped", SOME),
         ("normalised", SPREAD),
     ],
 )
@@ -137,6 +137,7 @@ def test_memory_is_that_of_the_rows_played_together():
     assert working(1024, None) > few + batch
 
 
+@pytest.mark.exhaustive
 def test_a_swept_run_on_two_devices_goes_on_alone(tmp_path):
     """Members side by side, several devices, and any number of them afterwards."""
     config = TrainConfig(

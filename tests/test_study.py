@@ -429,6 +429,7 @@ def test_a_finished_study_shows_its_table_again(interrupted, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_learning_and_batch_sizes_leave_reports(tmp_path):
     from jaxpg.study.learning import study_learning
 
