@@ -16,8 +16,6 @@ PPO, which stores its batch, has a script of its own, `ppo_memory.py`.
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import timing
-from ppo_memory import peak_bytes
 
 from jaxpg.algos.reinforce import ReinforceConfig, reinforce
 from jaxpg.diagnostics import noise_scale, total_variance
@@ -63,7 +60,11 @@ def main() -> None:
     if options.child is not None:
         print(json.dumps(one_process(options.child, options.sizes[0])))
         return
-    growth = [in_a_process(name, 2**size) for size in options.sizes for name in GROWING]
+    growth = [
+        timing.in_a_process(__file__, "--child", name, "--sizes", str(2**size))
+        for size in options.sizes
+        for name in GROWING
+    ]
     methods = compare_methods(2**options.methods_size, options.rounds)
     results = {
         "settings": {"env": ENV.name, "steps": STEPS, "chunk_size": CHUNK},
@@ -150,11 +151,11 @@ def one_process(name: str, number: int) -> dict[str, Any]:
     """Peak memory and time of one method at one number of trajectories."""
     params, ids = trained(), jnp.arange(number)
     run = gradient_of(name).lower(params, ids).compile()
-    before = peak_bytes()
+    before = timing.peak_bytes()
     began = time.perf_counter()
     streamed = jax.block_until_ready(run(params, ids))
     seconds = time.perf_counter() - began
-    peak = peak_bytes()
+    peak = timing.peak_bytes()
     known = {}
     if streamed.moments is not None:
         known = {
@@ -172,14 +173,6 @@ def one_process(name: str, number: int) -> dict[str, Any]:
         "mean_return": float(streamed.mean_return),
         **known,
     }
-
-
-def in_a_process(name: str, number: int) -> dict[str, Any]:
-    words = [sys.executable, __file__, "--child", name, "--sizes", str(number)]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
-    row = json.loads(done.stdout.splitlines()[-1])
-    print(row, flush=True)
-    return row
 
 
 def compare_methods(number: int, rounds: int) -> dict[str, Any]:

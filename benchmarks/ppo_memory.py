@@ -13,9 +13,6 @@ the batch. Policies are fresh, and held there.
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -51,7 +48,8 @@ def main() -> None:
     }
     for size in options.sizes:
         for form in FORMS:
-            found["rows"].append(in_a_process(form, size))
+            words = ["--child", form, "--sizes", str(size)]
+            found["rows"].append(timing.in_a_process(__file__, *words))
             timing.save(RESULT, found)
     for env, num_envs in PLACES:
         found["cost"].append(cost(env, num_envs, options.rounds))
@@ -66,26 +64,18 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def in_a_process(form: str, size: int) -> dict[str, Any]:
-    words = [sys.executable, __file__, "--child", form, "--sizes", str(size)]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
-    row = json.loads(done.stdout.splitlines()[-1])
-    print(row, flush=True)
-    return row
-
-
 def of_this_process(form: str, num_envs: int) -> dict[str, Any]:
     """One update of PPO's whole training program on one device."""
     run = make_run("CartPole-v1", num_envs, "ppo", num_devices=1, **FORMS[form])
     state = initial_state(run)
     advance = run.program.advance.lower(state, np.int32(1)).compile()
-    before = peak_bytes()
+    before = timing.peak_bytes()
     jax.block_until_ready(advance(state, np.int32(1)))
     working = advance.memory_analysis().temp_size_in_bytes
     return {
         "form": form,
         "num_envs": num_envs,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": timing.peak_bytes(),
         "peak_bytes_of_imports_and_compiling": before,
         "working_bytes": working,
         "working_bytes_per_step": working / (num_envs * NUM_STEPS),
@@ -124,11 +114,6 @@ def bytes_of_a_step() -> int:
     rows, _ = jax.eval_shape(one_segment)
     stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rows)) // NUM_STEPS
     return stored + 3 * 4
-
-
-def peak_bytes() -> int:
-    """The most resident memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ on all of them; medians over the rounds are quoted, and ratios are taken round b
 
 import itertools
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +54,20 @@ def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
     """Round-by-round ratio of two variants' seconds."""
     each = [a / b for a, b in zip(numerator, denominator, strict=True)]
     return {"median": statistics.median(each), "low": min(each), "high": max(each)}
+
+
+def in_a_process(script: str, *words: str) -> dict[str, Any]:
+    """What a script prints last, as JSON, in a process of its own."""
+    command = [sys.executable, script, *words]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    row = json.loads(done.stdout.splitlines()[-1])
+    print(row, flush=True)
+    return row
+
+
+def peak_bytes() -> int:
+    """The most resident memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def matmul_flops_per_second(size: int = 1024, rounds: int = 9) -> float:

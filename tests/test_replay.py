@@ -137,6 +137,24 @@ def test_memory_is_that_of_the_rows_played_together():
     assert working(1024, None) > few + batch
 
 
+def test_numbers_that_are_none_are_counted_as_in_the_stored_form():
+    def step(key, state, action):
+        after, output = ENV.step(key, state, action)
+        broken = jnp.abs(output.obs[0]) > 0.05
+        return after, output._replace(reward=jnp.where(broken, jnp.nan, output.reward))
+
+    broken = ENV._replace(step=step)
+
+    def counted(replay_envs):
+        updates = collector({}, replay_envs=replay_envs)._replace(env=broken)
+        told = jax.jit(lambda: updates.update(updates.init(jnp.int32(5)))[1])()
+        return int(told["non_finite_batch"])
+
+    assert counted(None) > 0
+    # The survey's variance is none either, and counts as one more.
+    assert counted(4) == counted(None) + 1
+
+
 @pytest.mark.exhaustive
 def test_a_swept_run_on_two_devices_goes_on_alone(tmp_path):
     """Members side by side, several devices, and any number of them afterwards."""
