@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxpg._batching import anywhere
 from jaxpg._checks import check_positive
+from jaxpg._unrolled import plain, unrolled
 from jaxpg.envs.base import Environment
 from jaxpg.policies import Policy
 from jaxpg.types import Params, PRNGKey, PyTree, StepOutput, Trajectory
@@ -304,10 +305,9 @@ def _start_episode(
     episode_id: Array,
     group_size: int = 1,
 ) -> Slot:
-    key_episode, key_reset = jax.random.split(jax.random.fold_in(key, episode_id))
+    key_episode, key_reset = _two_keys(key, episode_id)
     if group_size > 1:  # the reset of the group's first episode, for all of them
-        first = episode_id - episode_id % group_size
-        _, key_reset = jax.random.split(jax.random.fold_in(key, first))
+        _, key_reset = _two_keys(key, episode_id - episode_id % group_size)
     env_state, obs = env.reset(key_reset)
     time = jnp.zeros((), jnp.int32)
     return Slot(key_episode, env_state, obs, policy.initial_carry(), time, episode_id)
@@ -329,11 +329,15 @@ def _decide(
 
 def _decision_keys(slot: Slot, noise_hold: int) -> tuple[Array, Array]:
     """Keys of the action and of the world; the former is held over some decisions."""
-    key_action, key_step = jax.random.split(jax.random.fold_in(slot.key, slot.time))
+    key_action, key_step = _two_keys(slot.key, slot.time)
     if noise_hold > 1:
-        held = jax.random.fold_in(slot.key, slot.time // noise_hold)
-        key_action, _ = jax.random.split(held)
+        key_action, _ = _two_keys(slot.key, slot.time // noise_hold)
     return key_action, key_step
+
+
+def _two_keys(key: PRNGKey, number: Array) -> tuple[PRNGKey, PRNGKey]:
+    first, second = jax.random.split(jax.random.fold_in(unrolled(key), number))
+    return plain(first), plain(second)
 
 
 def _facts(

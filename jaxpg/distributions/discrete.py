@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxpg._checks import check_same_shape
+from jaxpg._unrolled import unrolled
 from jaxpg.distributions.base import draw_dtype
 from jaxpg.types import PRNGKey
 
@@ -258,7 +259,8 @@ def _uniform(key: PRNGKey, shape: tuple[int, ...], dtype: Any) -> Float[Array, "
     would hand a first action of probability 1e-30 that much.
     """
     dtype = draw_dtype(dtype)
-    return jax.random.uniform(key, shape, dtype) + 0.5 * float(jnp.finfo(dtype).eps)
+    left = jax.random.uniform(unrolled(key), shape, dtype)
+    return left + 0.5 * float(jnp.finfo(dtype).eps)
 
 
 def _entropy_term(log_prob: Float[Array, "*B"]) -> Float[Array, "*B"]:

@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jaxpg._checks import check_same_shape
+from jaxpg._unrolled import unrolled
 from jaxpg.distributions.base import draw_dtype
 from jaxpg.types import PRNGKey
 
@@ -47,7 +48,8 @@ class DiagonalGaussian(NamedTuple):
     def sample(self, key: PRNGKey) -> Float[Array, "*B D"]:
         """Draw an action, differentiable in the parameters (reparametrised)."""
         check_same_shape(mean=self.mean, log_std=self.log_std)
-        noise = jax.random.normal(key, self.mean.shape, draw_dtype(self.mean.dtype))
+        dtype = draw_dtype(self.mean.dtype)
+        noise = jax.random.normal(unrolled(key), self.mean.shape, dtype)
         return self.mean + jnp.exp(self.log_std) * noise.astype(self.mean.dtype)
 
     def log_prob(self, action: Float[Array, "*B D"]) -> Float[Array, "*B"]:
@@ -204,8 +206,8 @@ class StateDependentGaussian(NamedTuple):
         self._check()
         *batch, rows, columns = self.log_std.shape
         dtype = self.mean.dtype
-        noise = jax.random.normal(key, (*batch, rows + 1, columns), draw_dtype(dtype))
-        noise = noise.astype(dtype)
+        shape = *batch, rows + 1, columns
+        noise = jax.random.normal(unrolled(key), shape, draw_dtype(dtype)).astype(dtype)
         weights = jnp.exp(self.log_std) * noise[..., :-1, :]
         # A sum and not a matmul, which accelerators may round to fewer digits.
         push = jnp.sum(self.features[..., None] * weights, axis=-2)
