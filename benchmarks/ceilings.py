@@ -32,12 +32,8 @@ from jaxpg.envs.base import Environment
 from jaxpg.gradients import Chunks, score_gradient
 from jaxpg.policies import log_prob_fn, mlp_policy
 from jaxpg.returns import rewards_to_go, step_discounts
-from jaxpg.rollout import (
-    restart_ended,
-    rollout_episodes,
-    rollout_segments,
-    start_segments,
-)
+from jaxpg.rollout import rollout_episodes, rollout_segments, start_segments
+from jaxpg.slots import restart_ended
 from jaxpg.train.sharding import Placement, place
 from jaxpg.types import Trajectory
 

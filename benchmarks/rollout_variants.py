@@ -19,7 +19,7 @@ import timing
 from jaxpg import envs
 from jaxpg.gradients import Chunks, score_gradient
 from jaxpg.policies import log_prob_fn, mlp_policy
-from jaxpg.rollout import FEW
+from jaxpg.slots import FEW
 from jaxpg.types import Trajectory
 
 ENV = envs.make("CartPole-v1")

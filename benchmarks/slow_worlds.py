@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import timing
 
 from jaxpg import envs
-from jaxpg.rollout import restart_ended
+from jaxpg.slots import restart_ended
 
 WORLDS = [
     "CartPole-v1",

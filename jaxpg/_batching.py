@@ -18,13 +18,13 @@ from jaxtyping import Array, Bool
 
 from jaxpg.types import PyTree
 
-__all__ = ["anywhere", "over_rows", "rows_are_vmapped", "vmap_rows"]
+__all__ = ["anybody", "anywhere", "over_rows", "rows_are_vmapped", "vmap_rows"]
 
 _ROWS_ARE_VMAPPED = contextvars.ContextVar("rows_are_vmapped", default=False)
 
 
 @jax.custom_batching.custom_vmap
-def _or_over_vmapped_axes(flag: Bool[Array, ""]) -> Bool[Array, ""]:
+def _or_over_vmapped_axes(flag: Bool[Array, "..."]) -> Bool[Array, "..."]:
     return flag
 
 
@@ -47,6 +47,18 @@ def anywhere(flags: Bool[Array, "..."]) -> Bool[Array, ""]:
     [True, True]
     """
     return _or_over_vmapped_axes(jnp.any(flags))
+
+
+def anybody(flags: Bool[Array, "..."]) -> Bool[Array, "..."]:
+    """Each flag by itself: whether it is set along any vmapped axis around it.
+
+    Like `anywhere`, and for work of which there are several parts.
+
+    >>> import jax, jax.numpy as jnp
+    >>> jax.vmap(anybody)(jnp.array([[False, False], [True, False]])).tolist()
+    [[True, False], [True, False]]
+    """
+    return _or_over_vmapped_axes(flags)
 
 
 def vmap_rows(

@@ -17,6 +17,7 @@ Reference: Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def _split(key: UInt32[Array, "2"], shape: tuple[int, ...]) -> UInt32[Array, "..
     return jnp.stack(_encrypt(key, _counters(shape)), axis=-1)
 
 
-def _fold_in(key: UInt32[Array, "2"], data: Array) -> UInt32[Array, "2"]:
+def _fold_in(key: UInt32[Array, "2"], data: Any) -> UInt32[Array, "2"]:
     return jnp.stack(_encrypt(key, (jnp.zeros((), np.uint32), data.astype(np.uint32))))
 
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from jaxpg._batching import anywhere, over_rows, vmap_rows
+from jaxpg._batching import anybody, anywhere, over_rows, vmap_rows
 from jaxpg._checks import check_positive, check_rank
 from jaxpg.types import Params, PyTree
 
@@ -52,6 +52,10 @@ LogProbFn = Callable[[Params, PyTree], Array]
 PIECE = 16
 """Consecutive decisions of one row in a chunk, where rows may be cut: few, so that the
 empty tails of packed rows fall into chunks of their own, and are skipped."""
+
+
+TOGETHER = 32
+"""Chunks that are skipped together, where they are many."""
 
 
 ChunkSize = int | Literal["auto"] | None
@@ -276,16 +280,57 @@ def _sum_over_grid(
     def of_chunk(index: Array) -> Any:
         return fn(shared, jax.tree.map(lambda x: cut(x, index), rows))
 
-    def visit(total: Any, index: Array) -> tuple[Any, None]:
-        def add() -> Any:
-            return jax.tree.map(jnp.add, total, of_chunk(index))
+    def add(total: Any, index: Array) -> Any:
+        return jax.tree.map(jnp.add, total, of_chunk(index))
 
-        needed = anywhere(cut(active, index))
-        return jax.lax.cond(needed, add, lambda: total), None
+    first = jnp.zeros((), jnp.int32)
+    zeros = optax.tree.zeros_like(jax.eval_shape(of_chunk, first))
+    needed = _needed_chunks(active, some_rows, some_steps)
+    return _visit_needed(add, zeros, needed)
 
-    indices = jnp.arange(some_rows.number * some_steps.number, dtype=jnp.int32)
-    zeros = optax.tree.zeros_like(jax.eval_shape(of_chunk, indices[0]))
-    return jax.lax.scan(visit, zeros, indices)[0]
+
+def _needed_chunks(
+    active: Bool[Array, "B T"], some_rows: Blocks, some_steps: Blocks
+) -> Bool[Array, "C"]:
+    """Which chunks of a grid have anything active, in the order of `_cutter`."""
+    first, last = some_rows.start, some_rows.start + some_rows.number * some_rows.size
+    active = active[first:last]
+    first = some_steps.start
+    active = active[:, first : first + some_steps.number * some_steps.size]
+    shape = some_rows.number, some_rows.size, some_steps.number, some_steps.size
+    return anybody(jnp.any(active.reshape(shape), axis=(1, 3)).T.reshape(-1))
+
+
+def _visit_needed(
+    add: Callable[[Any, Array], Any], total: Any, needed: Bool[Array, "C"]
+) -> Any:
+    """`add` every needed index, in order; of those that are not, many at a time.
+
+    To ask of every index whether it is needed costs more than the work, where rows are
+    mostly empty. A `while_loop` over the needed ones would have no reverse derivative.
+    """
+    number = needed.shape[0]
+    indices = jnp.arange(number, dtype=jnp.int32)
+
+    def visit(total: Any, index: Array, needed: Array) -> Any:
+        return jax.lax.cond(needed, lambda: add(total, index), lambda: total)
+
+    def one_by_one(total: Any, some: tuple[Array, Array]) -> Any:
+        return jax.lax.scan(lambda x, one: (visit(x, *one), None), total, some)[0]
+
+    if number <= 2 * TOGETHER:
+        return one_by_one(total, (indices, needed))
+    order = jnp.argsort(~needed).astype(jnp.int32)
+    blocks = -(-number // TOGETHER)
+    order = jnp.pad(order, (0, blocks * TOGETHER - number)).reshape(blocks, TOGETHER)
+    flags = jnp.arange(blocks * TOGETHER) < jnp.sum(needed)
+    flags = flags.reshape(blocks, TOGETHER)
+
+    def of_block(total: Any, some: tuple[Array, Array]) -> tuple[Any, None]:
+        start = some[1][0]
+        return jax.lax.cond(start, lambda: one_by_one(total, some), lambda: total), None
+
+    return jax.lax.scan(of_block, total, (order, flags))[0]
 
 
 def _map_over_grid(

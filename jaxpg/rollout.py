@@ -20,6 +20,8 @@ Slots, chunks and devices therefore never change the sample.
 Capacity. N episodes of at most L decisions need at most K * L turns, K = ceil(N / M):
 after (K - 1) * L turns every slot has finished K - 1 episodes or found the queue empty,
 so all N have started, and L turns later they have ended. The loop stops with the last.
+On CPU the last few are moved together and played to their ends alone, for the longest
+of many episodes is several times as long as most.
 """
 
 from collections.abc import Callable
@@ -27,47 +29,30 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxpg._batching import anywhere
 from jaxpg._checks import check_positive
-from jaxpg._unrolled import plain, unrolled
 from jaxpg.envs.base import Environment
 from jaxpg.policies import Policy
-from jaxpg.types import Params, PRNGKey, PyTree, StepOutput, Trajectory
+from jaxpg.slots import Slot, decide, few_of, restart_ended, select, start_slot
+from jaxpg.types import Params, PRNGKey, Trajectory
 
 __all__ = [
     "RolloutState",
-    "Slot",
-    "restart_ended",
     "rollout_episodes",
     "rollout_segments",
     "start_segments",
 ]
 
 
-FEW = 8
-"""Slots that have ended are reset alone where they are this part of all, or less."""
+WORTH_MOVING = 64
+"""Slots from which on the last few that run are played apart. With less there is little
+to gain for a second loop, which takes a second to compile."""
 
 
-class Slot(NamedTuple):
-    """The present of one slot, just before a decision.
-
-    Attributes:
-        key: the key of the running episode.
-        env_state: the environment's state.
-        obs: what the policy sees now.
-        carry: what the policy remembers.
-        time: decisions taken since the episode began.
-        episode_id: which episode runs here.
-    """
-
-    key: Array
-    env_state: PyTree
-    obs: PyTree
-    carry: PyTree
-    time: Array
-    episode_id: Array
+PAGE = 64
+"""Turns of a buffer that are moved into rows together."""
 
 
 class RolloutState(NamedTuple):
@@ -100,6 +85,10 @@ class Loop(NamedTuple):
     running: Array
     num_started: Array
     buffer: Trajectory
+
+
+Moved = tuple[Slot, Array, Array]
+"""Slots, whether they run, and how many episodes have started, for the next turn."""
 
 
 def rollout_episodes(
@@ -141,36 +130,40 @@ def rollout_episodes(
     check_positive("group_size", group_size)
     num_slots = num_episodes if num_slots is None else num_slots
     capacity = _capacity(env, num_episodes, num_slots)
-    restart = jax.vmap(lambda i: _start_episode(env, policy, key, i, group_size))
+    restart = jax.vmap(lambda i: start_slot(env, policy, key, i, group_size))
+    decide_all = jax.vmap(lambda x: decide(env, policy, params, x, keep_next_obs))
+
+    def take_next(loop: Loop, slots: Slot, ends: Array) -> Moved:
+        return _next_episodes(restart, episode_ids, loop, slots, ends)
+
+    def play(loop: Loop, until: int, move: Callable[..., Moved]) -> Loop:
+        def unfinished(loop: Loop) -> Array:
+            many = anywhere(jnp.sum(loop.running) > until)
+            return many & (loop.step < capacity)
+
+        def advance(loop: Loop) -> Loop:
+            slots, decision = decide_all(loop.slots)
+            decision = decision._replace(mask=loop.running)
+            ends = decision.terminated | decision.truncated
+            buffer = _write(loop.buffer, decision, loop.step)
+            return Loop(loop.step + 1, *move(loop, slots, ends), buffer)
+
+        return jax.lax.while_loop(unfinished, advance, loop)
+
     slots = restart(episode_ids[:num_slots])
-    decide = jax.vmap(lambda slot: _decide(env, policy, params, slot, keep_next_obs))
-    buffer = _empty_buffer(decide, slots, capacity)
-
-    def unfinished(loop: Loop) -> Array:
-        return anywhere(loop.running) & (loop.step < capacity)
-
-    def advance(loop: Loop) -> Loop:
-        slots, decision = decide(loop.slots)
-        decision = decision._replace(mask=loop.running)
-        ends = decision.terminated | decision.truncated
-        slots, running, num_started = jax.lax.cond(
-            anywhere(ends),
-            lambda: _next_episodes(
-                restart, slots, ends, episode_ids, loop.num_started, loop.running
-            ),
-            lambda: (slots, loop.running, loop.num_started),
-        )
-        buffer = _write(loop.buffer, decision, loop.step)
-        return Loop(loop.step + 1, slots, running, num_started, buffer)
-
-    first = Loop(
+    loop = Loop(
         jnp.zeros((), jnp.int32),
         slots,
         jnp.ones((num_slots,), bool),
         jnp.asarray(num_slots, jnp.int32),
-        buffer,
+        _empty_buffer(decide_all, slots, capacity),
     )
-    return _rows_first(jax.lax.while_loop(unfinished, advance, first).buffer)
+    few = few_of(num_slots) if num_slots >= WORTH_MOVING else 0
+    loop = play(loop, few, _hold if num_slots == num_episodes else take_next)
+    rows = _played_rows_first(loop.buffer, loop.step)
+    if few == 0:
+        return rows
+    return _with_last(few, rows, loop, lambda last: play(last, 0, _hold))
 
 
 def start_segments(
@@ -198,7 +191,7 @@ def start_segments(
     """
     check_positive("num_slots", num_slots)
     ids = jnp.arange(num_slots, dtype=jnp.int32) if slot_ids is None else slot_ids
-    slots = jax.vmap(lambda i: _start_episode(env, policy, key, i))(ids)
+    slots = jax.vmap(lambda i: start_slot(env, policy, key, i))(ids)
     return RolloutState(slots, jnp.full_like(ids, num_slots), jnp.zeros(ids.shape))
 
 
@@ -232,14 +225,14 @@ def rollout_segments(
     Bias: rows begin and end inside episodes; credit must bootstrap or account for it.
     """
     check_positive("num_steps", num_steps)
-    restart = jax.vmap(lambda i: _start_episode(env, policy, key, i))
-    decide = jax.vmap(lambda slot: _decide(env, policy, params, slot, keep_next_obs))
+    restart = jax.vmap(lambda i: start_slot(env, policy, key, i))
+    decide_all = jax.vmap(lambda x: decide(env, policy, params, x, keep_next_obs))
 
     def advance(
         carry: tuple[Slot, Array], _: None
     ) -> tuple[tuple[Slot, Array], Trajectory]:
         slots, episode_return = carry
-        slots, decision = decide(slots)
+        slots, decision = decide_all(slots)
         ends = decision.terminated | decision.truncated
 
         slots = restart_ended(restart, slots.episode_id + state.stride, ends, slots)
@@ -254,124 +247,28 @@ def rollout_segments(
     return trajectory, RolloutState(slots, state.stride, episode_return)
 
 
-def restart_ended(
-    restart: Callable[[Array], PyTree],
-    ids: Array,
-    ends: Bool[Array, "M"],
-    slots: PyTree,
-) -> PyTree:
-    """Slots that have ended begin the episodes `ids`; the others go on.
+def _hold(loop: Loop, slots: Slot, ends: Array) -> Moved:
+    """Slots that have ended take their last decision again and again, masked.
 
-    Of many slots few end together, and on CPU those few alone are reset: a reset of all
-    for their sake halves the rate of fast worlds. Where launching work is what costs,
-    all are reset together.
-
-    Args:
-        restart: `restart(ids) -> slots` at their episodes' beginnings, of any number.
-        ids: of the episodes that may begin, [M].
-        ends: whether a slot's episode has ended.
-        slots: a tree with M in front.
-
-    Returns:
-        The slots before their next decision.
-
-    >>> ids, ends = jnp.arange(3), jnp.array([False, True, False])
-    >>> restart_ended(lambda ids: 10 * ids, ids, ends, jnp.ones(3, int)).tolist()
-    [1, 10, 1]
+    So their states stay ordinary ones, and nothing non-finite creeps into the rows.
     """
-    num_slots = ends.shape[0]
-    few = num_slots // FEW if jax.default_backend() == "cpu" else 0
-
-    def of_all() -> PyTree:
-        return _select(ends, restart(ids), slots)
-
-    def of_few() -> PyTree:
-        (which,) = jnp.nonzero(ends, size=few, fill_value=num_slots)
-        fresh = restart(ids[which])  # clipped beyond the end, and then dropped
-        return jax.tree.map(lambda x, y: x.at[which].set(y, mode="drop"), slots, fresh)
-
-    def of_those() -> PyTree:
-        if few == 0:
-            return of_all()
-        return jax.lax.cond(anywhere(jnp.sum(ends) > few), of_all, of_few)
-
-    return jax.lax.cond(anywhere(ends), of_those, lambda: slots)
-
-
-def _start_episode(
-    env: Environment,
-    policy: Policy,
-    key: PRNGKey,
-    episode_id: Array,
-    group_size: int = 1,
-) -> Slot:
-    key_episode, key_reset = _two_keys(key, episode_id)
-    if group_size > 1:  # the reset of the group's first episode, for all of them
-        _, key_reset = _two_keys(key, episode_id - episode_id % group_size)
-    env_state, obs = env.reset(key_reset)
-    time = jnp.zeros((), jnp.int32)
-    return Slot(key_episode, env_state, obs, policy.initial_carry(), time, episode_id)
-
-
-def _decide(
-    env: Environment, policy: Policy, params: Params, slot: Slot, keep_next_obs: bool
-) -> tuple[Slot, Trajectory]:
-    """One decision of one slot: the slot after it, and the facts of it."""
-    key_action, key_step = _decision_keys(slot, policy.noise_hold)
-    distribution, carry = policy.step(params, slot.carry, slot.obs)
-    action = distribution.sample(key_action)
-    env_state, output = env.step(key_step, slot.env_state, distribution.to_env(action))
-    after = slot._replace(
-        env_state=env_state, obs=output.obs, carry=carry, time=slot.time + 1
-    )
-    return after, _facts(slot, action, distribution, output, keep_next_obs)
-
-
-def _decision_keys(slot: Slot, noise_hold: int) -> tuple[Array, Array]:
-    """Keys of the action and of the world; the former is held over some decisions."""
-    key_action, key_step = _two_keys(slot.key, slot.time)
-    if noise_hold > 1:
-        key_action, _ = _two_keys(slot.key, slot.time // noise_hold)
-    return key_action, key_step
-
-
-def _two_keys(key: PRNGKey, number: Array) -> tuple[PRNGKey, PRNGKey]:
-    first, second = jax.random.split(jax.random.fold_in(unrolled(key), number))
-    return plain(first), plain(second)
-
-
-def _facts(
-    slot: Slot, action: Any, distribution: Any, output: StepOutput, keep_next_obs: bool
-) -> Trajectory:
-    return Trajectory(
-        obs=slot.obs,
-        action=action,
-        log_prob=distribution.log_prob(action),
-        reward=output.reward,
-        terminated=output.terminated,
-        truncated=output.truncated,
-        mask=jnp.ones((), bool),
-        time=slot.time,
-        episode_id=slot.episode_id,
-        next_obs=output.obs if keep_next_obs else None,
-    )
+    running = loop.running & ~ends
+    return select(running, slots, loop.slots), running, loop.num_started
 
 
 def _next_episodes(
-    restart: Any,
+    restart: Callable[[Array], Slot],
+    episode_ids: Array,
+    loop: Loop,
     slots: Slot,
     ends: Array,
-    episode_ids: Array,
-    num_started: Array,
-    running: Array,
-) -> tuple[Slot, Array, Array]:
+) -> Moved:
     """Hand the queue's next episodes to the slots whose episode ended.
 
-    A slot that finds the queue empty plays its last episode again, masked: its states
-    stay ordinary ones, so nothing non-finite can creep into the rows.
+    A slot that finds the queue empty plays its last episode again, masked.
     """
-    free = ends & running
-    place = num_started + jnp.cumsum(free, dtype=jnp.int32) - 1
+    free = ends & loop.running
+    place = loop.num_started + jnp.cumsum(free, dtype=jnp.int32) - 1
     has_next = free & (place < episode_ids.shape[0])
     ids = jnp.where(
         has_next,
@@ -379,16 +276,35 @@ def _next_episodes(
         slots.episode_id,
     )
     slots = restart_ended(restart, ids, ends, slots)
-    num_started = num_started + jnp.sum(free, dtype=jnp.int32)
-    return slots, running & (~ends | has_next), num_started
+    num_started = loop.num_started + jnp.sum(free, dtype=jnp.int32)
+    return slots, loop.running & (~ends | has_next), num_started
 
 
-def _select(where: Array, new: PyTree, old: PyTree) -> PyTree:
-    def select(x: Array, y: Array) -> Array:
-        flags = where.reshape(where.shape + (1,) * (x.ndim - where.ndim))
-        return jnp.where(jnp.broadcast_to(flags, x.shape), x, y)
+def _with_last(
+    few: int, rows: Trajectory, loop: Loop, play: Callable[[Loop], Loop]
+) -> Trajectory:
+    """The rows after the last few episodes, which are played in slots of their own.
 
-    return jax.tree.map(select, new, old)
+    The queue is empty by then, or all slots would be running.
+    """
+    which = jnp.argsort(~loop.running)[:few]
+    buffer = jax.tree.map(
+        lambda x: jnp.zeros((x.shape[0], few, *x.shape[2:]), x.dtype), loop.buffer
+    )
+    last = play(
+        loop._replace(
+            slots=jax.tree.map(lambda x: x[which], loop.slots),
+            running=loop.running[which],
+            buffer=buffer,
+        )
+    )
+
+    def put(rows: Array, late: Array) -> Array:
+        after = jnp.arange(rows.shape[1]) >= loop.step
+        after = after.reshape(1, -1, *(1,) * (rows.ndim - 2))
+        return rows.at[which].set(jnp.where(after, late, rows[which]))
+
+    return jax.tree.map(put, rows, _played_rows_first(last.buffer, last.step))
 
 
 def _capacity(env: Environment, num_episodes: int, num_slots: int) -> int:
@@ -421,3 +337,29 @@ def _write(buffer: Trajectory, decision: Trajectory, step: Array) -> Trajectory:
 def _rows_first(decisions: Trajectory) -> Trajectory:
     """From time-major, as loops write it, to the library's [B, T, ...]."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), decisions)
+
+
+def _played_rows_first(buffer: Trajectory, num_turns: Array) -> Trajectory:
+    """`_rows_first` of a buffer of which the turns from `num_turns` on are zero.
+
+    Short episodes leave most of their buffer empty, and to turn that takes as long.
+    """
+    capacity = buffer.mask.shape[0]
+    if capacity <= 2 * PAGE:
+        return _rows_first(buffer)
+
+    def turn(page: Array, rows: Trajectory) -> Trajectory:
+        first = jnp.minimum(page * PAGE, capacity - PAGE)
+
+        def put(rows: Array, x: Array) -> Array:
+            part = jax.lax.dynamic_slice_in_dim(x, first, PAGE)
+            part = jnp.swapaxes(part, 0, 1)
+            return jax.lax.dynamic_update_slice_in_dim(rows, part, first, axis=1)
+
+        return jax.tree.map(put, rows, buffer)
+
+    rows = jax.tree.map(
+        lambda x: jnp.zeros((x.shape[1], capacity, *x.shape[2:]), x.dtype), buffer
+    )
+    num_pages = (num_turns + PAGE - 1) // PAGE
+    return jax.lax.fori_loop(0, num_pages, turn, rows)

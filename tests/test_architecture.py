@@ -90,7 +90,7 @@ LAYERS = {
         "exact.weights",
         "exact",
     ],
-    "rollouts": ["rollout", "streams"],
+    "rollouts": ["slots", "rollout", "streams"],
     "algorithms": [
         "algos.base",
         "algos.measures",

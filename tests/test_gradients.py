@@ -12,6 +12,7 @@ from jaxpg._batching import rows_are_vmapped
 from jaxpg.distributions import Categorical
 from jaxpg.envs import Box, Discrete
 from jaxpg.gradients import (
+    TOGETHER,
     Chunks,
     map_over_chunks,
     score_gradient,
@@ -421,7 +422,7 @@ def test_over_seeds_by_vmap_it_equals_separate_calls():
 def test_over_seeds_by_vmap_skipping_stays_a_branch(monkeypatch):
     gradient, arguments = over_seeds()
     ours = program(jax.vmap(gradient), *arguments)
-    monkeypatch.setattr("jaxpg.gradients.anywhere", jnp.any)
+    monkeypatch.setattr("jaxpg.gradients.anybody", lambda flags: flags)
     usual = program(jax.vmap(gradient), *arguments)
     assert ".case" in ours and ".case" not in usual
 
@@ -505,3 +506,37 @@ def test_the_size_that_suits_the_device(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert Chunks("auto", cut_rows=True).number > 10_000
     assert Chunks(7).number == 7 and Chunks(None).number is None
+
+
+@pytest.mark.parametrize("length", [TOGETHER - 5, 2 * TOGETHER + 5, 5 * TOGETHER])
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_chunks_that_nobody_needs_are_skipped_together(length, share):
+    """Many chunks: summed are those with anything active, each once."""
+    active = jax.random.uniform(jax.random.key(length), (2, length)) < share
+    numbers = jnp.arange(2.0 * length).reshape(2, length)
+
+    def total(scale, x):
+        return scale * jnp.sum(x), jnp.ones((), int)
+
+    chunks = Chunks(size=1, cut_rows=True)
+
+    def of(scale):
+        return sum_over_chunks(total, scale, numbers, active, chunks)
+
+    found, count = jax.jit(of)(2.0)
+    assert found == 2.0 * jnp.sum(jnp.where(active, numbers, 0.0))
+    assert count == jnp.sum(active)
+    # Reverse derivatives go through, as through any sum.
+    assert jax.grad(lambda scale: of(scale)[0])(2.0) == found / 2.0
+
+
+def test_members_skip_what_none_of_them_needs():
+    active = jnp.zeros((2, 1, 4 * TOGETHER), bool).at[0, 0, 3].set(True)
+    active = active.at[1, 0, 77].set(True)
+    numbers = jnp.ones(active.shape[1:])
+    visits = jax.vmap(
+        lambda active: sum_over_chunks(
+            lambda _, x: jnp.sum(x), None, numbers, active, Chunks(1, cut_rows=True)
+        )
+    )(active)
+    assert visits.tolist() == [2.0, 2.0]  # one's work is done beside the other's

@@ -7,20 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpg import exact
+from jaxpg import exact, rollout
 from jaxpg.distributions import Categorical, TanhGaussian
 from jaxpg.envs import Box, Discrete, Environment
 from jaxpg.envs.probes import delayed_reward, endless_reward
 from jaxpg.envs.tabular import random_mdp, tabular_environment
 from jaxpg.heads import Head, categorical_head
 from jaxpg.policies import Policy, from_apply, log_prob_fn, mlp_policy
-from jaxpg.rollout import (
-    FEW,
-    restart_ended,
-    rollout_episodes,
-    rollout_segments,
-    start_segments,
-)
+from jaxpg.rollout import rollout_episodes, rollout_segments, start_segments
+from jaxpg.slots import FEW, restart_ended
 from jaxpg.train.sharding import place
 from jaxpg.types import StepOutput, Trajectory
 
@@ -151,6 +146,65 @@ def test_any_number_of_slots_samples_the_same_episodes(one_per_row, num_slots):
     assert_same_decisions(packed, one_per_row)
 
 
+@pytest.fixture
+def early_moves(monkeypatch):
+    """Half of the slots are few, and two turns a page, as if episodes were long."""
+    monkeypatch.setattr(rollout, "few_of", lambda num_slots: num_slots // 2)
+    monkeypatch.setattr(rollout, "WORTH_MOVING", 2)
+    monkeypatch.setattr(rollout, "PAGE", 2)
+
+
+@pytest.mark.parametrize("num_slots", [2, 5, N])
+def test_the_last_few_are_moved_and_nothing_is_lost(
+    one_per_row, early_moves, num_slots
+):
+    ids = jnp.arange(N, dtype=jnp.int32)
+
+    def play(key):
+        return rollout_episodes(
+            ENV, POLICY, PARAMS, key, ids, num_slots=num_slots, keep_next_obs=True
+        )
+
+    moved = quick(play)(KEY)
+    assert moved.mask.shape == (num_slots, -(-N // num_slots) * MAX_STEPS)
+    check_whole_episodes(moved, range(N))
+    assert_same_decisions(moved, one_per_row)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(moved))
+    members = quick(jax.vmap(play))(jnp.stack([KEY, jax.random.key(9)]))
+    assert_same_decisions(jax.tree.map(lambda x: x[0], members), one_per_row)
+    check_whole_episodes(jax.tree.map(lambda x: x[1], members), range(N))
+
+
+def test_the_last_few_decide_alone(early_moves):
+    """Where episodes are long, most turns are of few slots: counted as they happen."""
+    seen = []
+    step = POLICY.step
+
+    def counted(params, carry, obs):
+        jax.debug.callback(lambda _: seen.append(1), obs[0])
+        return step(params, carry, obs)
+
+    ids = jnp.arange(N, dtype=jnp.int32)
+    policy = POLICY._replace(step=counted)
+    batch = rollout_episodes(ENV, policy, PARAMS, KEY, ids)
+    jax.effects_barrier()
+    lengths = np.sum(np.asarray(batch.mask), axis=1)
+    running = [np.sum(lengths > turn) for turn in range(MAX_STEPS)]
+    assert min(running) <= N // 2 < max(running)
+    expected = [N if n > N // 2 else N // 2 for n in running]
+    assert len(seen) == sum(expected)
+
+
+def test_a_buffer_is_turned_page_by_page_as_far_as_it_was_played(one_per_row):
+    """400 episodes of four slots: a long buffer, more than half of it empty."""
+    ids = jnp.arange(400, dtype=jnp.int32)
+    packed = sample(ids, 4)
+    assert packed.mask.shape[1] > 2 * rollout.PAGE
+    assert packed.mask[:, -rollout.PAGE :].sum() == 0
+    check_whole_episodes(packed, range(400))
+    assert_same_decisions(packed, sample(ids))
+
+
 def test_episodes_depend_on_their_id_alone(one_per_row):
     ids = [7, 2, 5]
     some = sample(ids, 2)
@@ -182,9 +236,10 @@ def test_facts_are_aligned_in_time(one_per_row):
     np.testing.assert_array_equal(each.truncated, over & (each.obs[:, 0] % 2 == 1))
 
 
-def test_empty_slots_hold_ordinary_states():
-    """A slot without a next episode plays its last one again, never beyond its end."""
-    packed = sample(range(N), 4)
+@pytest.mark.parametrize("num_slots", [4, N])
+def test_empty_slots_hold_ordinary_states(num_slots):
+    """A slot without a next episode plays its last one, or the end of it, again."""
+    packed = sample(range(N), num_slots)
     assert not packed.mask.all()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(packed))
     length, time, _ = np.moveaxis(np.asarray(packed.obs), -1, 0)

@@ -1,0 +1,205 @@
+"""Slots: where episodes run, one after the other, side by side with others.
+
+A slot is all that the next decision depends on. One begins an episode, takes a decision
+and, where its episode has ended, begins the next; loops over many of them are the
+business of `jaxpg.rollout`. Every key derives from the episode's number and the
+decision's, so where and beside whom an episode runs changes nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from jaxpg._batching import anywhere
+from jaxpg._unrolled import plain, unrolled
+from jaxpg.envs.base import Environment
+from jaxpg.policies import Policy
+from jaxpg.types import Params, PRNGKey, PyTree, StepOutput, Trajectory
+
+__all__ = ["FEW", "Slot", "decide", "few_of", "restart_ended", "select", "start_slot"]
+
+FEW = 8
+"""Slots are few where they are this part of all, or less."""
+
+
+class Slot(NamedTuple):
+    """The present of one slot, just before a decision.
+
+    Attributes:
+        key: the key of the running episode.
+        env_state: the environment's state.
+        obs: what the policy sees now.
+        carry: what the policy remembers.
+        time: decisions taken since the episode began.
+        episode_id: which episode runs here.
+    """
+
+    key: Array
+    env_state: PyTree
+    obs: PyTree
+    carry: PyTree
+    time: Array
+    episode_id: Array
+
+
+def few_of(num_slots: int) -> int:
+    """How many slots are few, and worked on alone: none where work is launched.
+
+    On CPU the work on a slot costs time, and slots without work are left out; on
+    accelerators each launch costs the time, and all slots are worked on together.
+
+    >>> few_of(64) in (0, 8)
+    True
+    """
+    return num_slots // FEW if jax.default_backend() == "cpu" else 0
+
+
+def start_slot(
+    env: Environment,
+    policy: Policy,
+    key: PRNGKey,
+    episode_id: Array,
+    group_size: int = 1,
+) -> Slot:
+    """A slot at the beginning of an episode.
+
+    Args:
+        env: the world.
+        policy: for its initial memory.
+        key: the key that all episodes derive from.
+        episode_id: which one begins.
+        group_size: episodes i with the same `i // group_size` begin alike.
+
+    Returns:
+        The slot before its first decision.
+    """
+    key_episode, key_reset = _two_keys(key, episode_id)
+    if group_size > 1:  # the reset of the group's first episode, for all of them
+        _, key_reset = _two_keys(key, episode_id - episode_id % group_size)
+    env_state, obs = env.reset(key_reset)
+    time = jnp.zeros((), jnp.int32)
+    return Slot(key_episode, env_state, obs, policy.initial_carry(), time, episode_id)
+
+
+def decide(
+    env: Environment, policy: Policy, params: Params, slot: Slot, keep_next_obs: bool
+) -> tuple[Slot, Trajectory]:
+    """One decision of one slot.
+
+    Args:
+        env: the world.
+        policy: chooses the action.
+        params: the policy's parameters.
+        slot: before the decision.
+        keep_next_obs: whether its facts have `next_obs`.
+
+    Returns:
+        The slot after it, and its facts, of one entry each.
+    """
+    key_action, key_step = _decision_keys(slot, policy.noise_hold)
+    distribution, carry = policy.step(params, slot.carry, slot.obs)
+    action = distribution.sample(key_action)
+    env_state, output = env.step(key_step, slot.env_state, distribution.to_env(action))
+    after = slot._replace(
+        env_state=env_state, obs=output.obs, carry=carry, time=slot.time + 1
+    )
+    return after, _facts(slot, action, distribution, output, keep_next_obs)
+
+
+def _decision_keys(slot: Slot, noise_hold: int) -> tuple[Array, Array]:
+    """Keys of the action and of the world; the former is held over some decisions."""
+    key_action, key_step = _two_keys(slot.key, slot.time)
+    if noise_hold > 1:
+        key_action, _ = _two_keys(slot.key, slot.time // noise_hold)
+    return key_action, key_step
+
+
+def _two_keys(key: PRNGKey, number: Array) -> tuple[PRNGKey, PRNGKey]:
+    first, second = jax.random.split(jax.random.fold_in(unrolled(key), number))
+    return plain(first), plain(second)
+
+
+def _facts(
+    slot: Slot, action: Any, distribution: Any, output: StepOutput, keep_next_obs: bool
+) -> Trajectory:
+    return Trajectory(
+        obs=slot.obs,
+        action=action,
+        log_prob=distribution.log_prob(action),
+        reward=output.reward,
+        terminated=output.terminated,
+        truncated=output.truncated,
+        mask=jnp.ones((), bool),
+        time=slot.time,
+        episode_id=slot.episode_id,
+        next_obs=output.obs if keep_next_obs else None,
+    )
+
+
+def restart_ended(
+    restart: Callable[[Array], PyTree],
+    ids: Array,
+    ends: Bool[Array, "M"],
+    slots: PyTree,
+) -> PyTree:
+    """Slots that have ended begin the episodes `ids`; the others go on.
+
+    Of many slots few end together, and on CPU those few alone are reset: a reset of all
+    for their sake halves the rate of fast worlds. Where launching work is what costs,
+    all are reset together.
+
+    Args:
+        restart: `restart(ids) -> slots` at their episodes' beginnings, of any number.
+        ids: of the episodes that may begin, [M].
+        ends: whether a slot's episode has ended.
+        slots: a tree with M in front.
+
+    Returns:
+        The slots before their next decision.
+
+    >>> ids, ends = jnp.arange(3), jnp.array([False, True, False])
+    >>> restart_ended(lambda ids: 10 * ids, ids, ends, jnp.ones(3, int)).tolist()
+    [1, 10, 1]
+    """
+    num_slots = ends.shape[0]
+    few = few_of(num_slots)
+
+    def of_all() -> PyTree:
+        return select(ends, restart(ids), slots)
+
+    def of_few() -> PyTree:
+        (which,) = jnp.nonzero(ends, size=few, fill_value=num_slots)
+        fresh = restart(ids[which])  # clipped beyond the end, and then dropped
+        return jax.tree.map(lambda x, y: x.at[which].set(y, mode="drop"), slots, fresh)
+
+    def of_those() -> PyTree:
+        if few == 0:
+            return of_all()
+        return jax.lax.cond(anywhere(jnp.sum(ends) > few), of_all, of_few)
+
+    return jax.lax.cond(anywhere(ends), of_those, lambda: slots)
+
+
+def select(where: Bool[Array, "M"], new: PyTree, old: PyTree) -> PyTree:
+    """Some slots of one tree, the others of another.
+
+    Args:
+        where: which are taken of `new`.
+        new: a tree with M in front.
+        old: a tree of the same structure.
+
+    Returns:
+        A tree of the same structure.
+
+    >>> select(jnp.array([True, False]), jnp.ones((2, 1)), jnp.zeros((2, 1))).tolist()
+    [[1.0], [0.0]]
+    """
+
+    def of_leaf(x: Array, y: Array) -> Array:
+        flags = where.reshape(where.shape + (1,) * (x.ndim - where.ndim))
+        return jnp.where(jnp.broadcast_to(flags, x.shape), x, y)
+
+    return jax.tree.map(of_leaf, new, old)
