@@ -28,8 +28,9 @@ import timing
 from jaxpg import envs
 from jaxpg.algos.base import make_task
 from jaxpg.algos.reinforce import ReinforceConfig, reinforce
+from jaxpg.chunks import Chunks
 from jaxpg.envs.base import Environment
-from jaxpg.gradients import Chunks, score_gradient
+from jaxpg.gradients import score_gradient
 from jaxpg.policies import log_prob_fn, mlp_policy
 from jaxpg.returns import rewards_to_go, step_discounts
 from jaxpg.rollout import rollout_episodes, rollout_segments, start_segments

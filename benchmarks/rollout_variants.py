@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import timing
 
 from jaxpg import envs
-from jaxpg.gradients import Chunks, score_gradient
+from jaxpg.chunks import Chunks
+from jaxpg.gradients import score_gradient
 from jaxpg.policies import log_prob_fn, mlp_policy
 from jaxpg.slots import FEW
 from jaxpg.types import Trajectory

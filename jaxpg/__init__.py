@@ -47,6 +47,7 @@ from jaxpg.baselines import (
     no_baseline,
     time_dependent_baseline,
 )
+from jaxpg.chunks import Chunks
 from jaxpg.credit import Credit, CreditConfig, credit_of
 from jaxpg.estimators import (
     Estimator,
@@ -56,7 +57,7 @@ from jaxpg.estimators import (
     estimate_weights,
     make_estimator,
 )
-from jaxpg.gradients import Chunks, score_gradient, trajectory_gradients
+from jaxpg.gradients import score_gradient, trajectory_gradients
 from jaxpg.policies import (
     Policy,
     from_apply,

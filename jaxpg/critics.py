@@ -23,8 +23,8 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from jaxpg._batching import over_rows
+from jaxpg.chunks import MapRows, map_plainly
 from jaxpg.credit import Credit
-from jaxpg.gradients import MapRows, map_plainly
 from jaxpg.networks import Network
 from jaxpg.policies import Policy
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory

@@ -27,17 +27,11 @@ from jaxpg.baselines import (
     no_baseline,
     time_dependent_baseline,
 )
+from jaxpg.chunks import ALL_AT_ONCE, Chunks, SumOverRows, sum_over_chunks
 from jaxpg.credit import Credit, CreditConfig, credit_of
 from jaxpg.envs.base import Space
 from jaxpg.episodes import check_single_episodes
-from jaxpg.gradients import (
-    ALL_AT_ONCE,
-    Chunks,
-    SumOverRows,
-    score_gradient,
-    sum_over_chunks,
-    trajectory_gradients,
-)
+from jaxpg.gradients import score_gradient, trajectory_gradients
 from jaxpg.linear_baselines import linear_baseline, plain_linear_baseline
 from jaxpg.optimal import (
     optimal_baseline,

@@ -27,16 +27,14 @@ from jaxtyping import Array, Bool, Float
 
 from jaxpg._batching import over_rows
 from jaxpg._checks import check_choice, check_range, check_rank
-from jaxpg.gradients import (
+from jaxpg.chunks import (
     ALL_AT_ONCE,
     Chunks,
-    LogProbFn,
     SumOverRows,
     map_over_chunks,
-    score_gradient,
-    score_gradients,
     sum_over_chunks,
 )
+from jaxpg.gradients import LogProbFn, score_gradient, score_gradients
 from jaxpg.linear_systems import (
     ConjugateGradientResult,
     add_scaled,

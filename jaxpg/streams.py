@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int, UInt
 
 from jaxpg._checks import check_choice, check_divides, check_positive, check_rank
 from jaxpg.baselines import Summary
+from jaxpg.chunks import Chunks
 from jaxpg.envs.base import Environment
 from jaxpg.estimators import (
     Estimator,
@@ -36,7 +37,7 @@ from jaxpg.estimators import (
     estimate_weights,
     summarize_batch,
 )
-from jaxpg.gradients import Chunks, score_gradient, score_gradients
+from jaxpg.gradients import score_gradient, score_gradients
 from jaxpg.moments import Moments, merge, moments_of, no_moments
 from jaxpg.policies import Policy
 from jaxpg.returns import at_episode_start

@@ -30,9 +30,9 @@ from jaxtyping import Array, Float
 
 from jaxpg._checks import check_positive, check_range, check_rank
 from jaxpg.baselines import Baseline
+from jaxpg.chunks import Chunks, SumOverRows, sum_over_chunks
 from jaxpg.credit import Credit, mean_credit
 from jaxpg.envs.base import Space
-from jaxpg.gradients import Chunks, SumOverRows, sum_over_chunks
 from jaxpg.linear_baselines import as_floats, explained_with_offset, squared_errors
 from jaxpg.networks import flat_features, mlp
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory

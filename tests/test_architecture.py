@@ -39,6 +39,7 @@ LAYERS = {
         "advantages",
         "credit",
         "leave_out",
+        "chunks",
         "gradients",
         "eligibility",
         "surrogate",

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxpg.baselines import constant_baseline
+from jaxpg.chunks import Chunks
 from jaxpg.credit import RATIOS, CreditConfig
 from jaxpg.envs.tabular import canonical_mdp, tabular_environment
 from jaxpg.estimators import (
@@ -28,7 +29,7 @@ from jaxpg.estimators import (
     make_estimator,
     summarize_batch,
 )
-from jaxpg.gradients import Chunks, score_gradient, score_gradients
+from jaxpg.gradients import score_gradient, score_gradients
 from jaxpg.policies import log_prob_fn, tabular_policy
 from jaxpg.rollout import rollout_episodes
 

@@ -19,6 +19,7 @@ from exact_batch import packed
 from jax.flatten_util import ravel_pytree
 
 from jaxpg import exact
+from jaxpg.chunks import Chunks
 from jaxpg.distributions import (
     Bernoulli,
     Categorical,
@@ -31,7 +32,6 @@ from jaxpg.envs.tabular import canonical_mdp, canonical_pomdp, random_mdp
 from jaxpg.exact.paths import enumerate_trajectories, with_chances
 from jaxpg.fisher import COUNTED, FORMS, episodic_natural_gradient
 from jaxpg.fisher import fisher_vector_product as fisher_product
-from jaxpg.gradients import Chunks
 from jaxpg.policies import log_prob_fn, tabular_policy
 from jaxpg.train.sharding import place
 from jaxpg.types import Trajectory

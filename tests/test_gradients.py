@@ -9,16 +9,10 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxpg._batching import rows_are_vmapped
+from jaxpg.chunks import TOGETHER, Chunks, map_over_chunks, sum_over_chunks
 from jaxpg.distributions import Categorical
 from jaxpg.envs import Box, Discrete
-from jaxpg.gradients import (
-    TOGETHER,
-    Chunks,
-    map_over_chunks,
-    score_gradient,
-    sum_over_chunks,
-    trajectory_gradients,
-)
+from jaxpg.gradients import score_gradient, trajectory_gradients
 from jaxpg.policies import log_prob_fn, mlp_policy
 from jaxpg.types import Trajectory
 
@@ -422,7 +416,7 @@ def test_over_seeds_by_vmap_it_equals_separate_calls():
 def test_over_seeds_by_vmap_skipping_stays_a_branch(monkeypatch):
     gradient, arguments = over_seeds()
     ours = program(jax.vmap(gradient), *arguments)
-    monkeypatch.setattr("jaxpg.gradients.anybody", lambda flags: flags)
+    monkeypatch.setattr("jaxpg.chunks.anybody", lambda flags: flags)
     usual = program(jax.vmap(gradient), *arguments)
     assert ".case" in ours and ".case" not in usual
 

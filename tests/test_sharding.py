@@ -9,10 +9,11 @@ import pytest
 
 from jaxpg.algos.base import make_task
 from jaxpg.algos.reinforce import ReinforceConfig, reinforce
+from jaxpg.chunks import Chunks, sum_over_chunks
 from jaxpg.envs import Discrete, with_time_limit
 from jaxpg.envs.probes import obs_and_action_reward
 from jaxpg.envs.tabular import random_mdp, tabular_environment
-from jaxpg.gradients import Chunks, score_gradient, sum_over_chunks
+from jaxpg.gradients import score_gradient
 from jaxpg.policies import log_prob_fn, mlp_policy
 from jaxpg.rollout import rollout_episodes
 from jaxpg.train.sharding import largest_device_count, place

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxpg import streams
+from jaxpg.chunks import Chunks
 from jaxpg.credit import CreditConfig
 from jaxpg.envs.tabular import canonical_mdp, tabular_environment
 from jaxpg.estimators import (
@@ -19,7 +20,6 @@ from jaxpg.estimators import (
     estimate_terms,
     make_estimator,
 )
-from jaxpg.gradients import Chunks
 from jaxpg.moments import variance
 from jaxpg.policies import tabular_policy
 from jaxpg.rollout import rollout_episodes

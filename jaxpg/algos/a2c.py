@@ -39,6 +39,7 @@ from jaxpg.algos.segments import (
     needed_critic,
     policy_gradient,
 )
+from jaxpg.chunks import ChunkSize
 from jaxpg.critics import (
     CriticState,
     actor_with_critic,
@@ -46,7 +47,6 @@ from jaxpg.critics import (
     init_critic,
     policy_rows,
 )
-from jaxpg.gradients import ChunkSize
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = ["A2CConfig", "A2CState", "a2c"]

@@ -20,9 +20,9 @@ import optax
 from jaxtyping import Array
 
 from jaxpg._checks import check_positive, check_range
+from jaxpg.chunks import MapRows, SumOverRows, map_plainly, sum_over_chunks
 from jaxpg.envs.base import Environment, Space
 from jaxpg.episodes import EndedEpisodes, split_episodes
-from jaxpg.gradients import MapRows, SumOverRows, map_plainly, sum_over_chunks
 from jaxpg.networks import Network
 from jaxpg.policies import Policy
 from jaxpg.rollout import RolloutState

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxpg._batching import over_rows
 from jaxpg.algos.base import Task
-from jaxpg.gradients import Chunks, ChunkSize, map_over_chunks
+from jaxpg.chunks import Chunks, ChunkSize, map_over_chunks
 from jaxpg.importance import MAX_LOG_WEIGHT, log_ratios
 from jaxpg.policies import Policy, log_prob_fn
 from jaxpg.types import Params, PyTree, Trajectory

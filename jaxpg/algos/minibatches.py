@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from jaxpg._checks import check_positive
 from jaxpg.algos.base import Task
-from jaxpg.gradients import MapRows, map_plainly
+from jaxpg.chunks import MapRows, map_plainly
 from jaxpg.types import PRNGKey, PyTree
 
 __all__ = [

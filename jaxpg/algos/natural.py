@@ -39,10 +39,10 @@ from jaxpg.algos.measures import (
 )
 from jaxpg.algos.reinforce import reinforce_gradient
 from jaxpg.baselines import Baseline
+from jaxpg.chunks import ChunkSize
 from jaxpg.credit import CreditConfig, CreditName, credit_of
 from jaxpg.estimators import BaselineName, EstimatorConfig, make_estimator
 from jaxpg.fisher import episodic_natural_gradient, fisher_vector_product
-from jaxpg.gradients import ChunkSize
 from jaxpg.policies import log_prob_fn
 from jaxpg.returns import leading_discounts
 from jaxpg.trust_region import natural_gradient, normalize_by_kl

@@ -40,9 +40,9 @@ from jaxpg.algos.measures import (
     mean_kl,
 )
 from jaxpg.algos.reinforce import reinforce_gradient
+from jaxpg.chunks import ChunkSize
 from jaxpg.credit import Credit, CreditConfig, CreditName, RatioName, credit_of
 from jaxpg.estimators import BaselineName, EstimatorConfig, make_estimator
-from jaxpg.gradients import ChunkSize
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = ["OffPolicyConfig", "OffPolicyState", "off_policy"]

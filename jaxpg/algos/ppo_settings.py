@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from jaxpg._checks import check_choice, check_positive, check_range
 from jaxpg.algos.base import check_steps
-from jaxpg.gradients import ChunkSize
+from jaxpg.chunks import ChunkSize
 
 __all__ = ["PPOConfig"]
 

@@ -17,9 +17,9 @@ from jaxpg.algos.base import Info, Task, ascend
 from jaxpg.algos.measures import count_non_finite
 from jaxpg.algos.ppo_settings import PPOConfig
 from jaxpg.algos.segments import needed_critic, rows_cut
+from jaxpg.chunks import Chunks
 from jaxpg.critics import CriticState, critic_rows, critic_terms, policy_rows
 from jaxpg.distributions import entropy_of
-from jaxpg.gradients import Chunks
 from jaxpg.proximal import clipped_terms, kl_penalty_terms
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 

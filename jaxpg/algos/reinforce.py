@@ -32,6 +32,7 @@ from jaxpg.algos.measures import (
     mean_kl,
 )
 from jaxpg.baselines import Baseline
+from jaxpg.chunks import Chunks, ChunkSize, SumOverRows, sum_over_chunks
 from jaxpg.credit import Credit, CreditConfig, CreditName, credit_of
 from jaxpg.episodes import split_episodes
 from jaxpg.estimators import (
@@ -41,7 +42,6 @@ from jaxpg.estimators import (
     estimate_gradient,
     make_estimator,
 )
-from jaxpg.gradients import Chunks, ChunkSize, SumOverRows, sum_over_chunks
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = [

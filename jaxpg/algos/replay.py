@@ -21,9 +21,9 @@ from jaxtyping import Array, Float, Int
 from jaxpg.algos.base import Replay, Replayed, Task
 from jaxpg.algos.measures import count_non_finite, count_non_finite_decisions
 from jaxpg.algos.segments import Advantages, advantages_of
+from jaxpg.chunks import Chunks, map_plainly, sum_over_chunks
 from jaxpg.critics import CriticState
 from jaxpg.episodes import ended_episodes
-from jaxpg.gradients import Chunks, map_plainly, sum_over_chunks
 from jaxpg.moments import Moments, merge_over_axis, moments_of, variance
 from jaxpg.normalizers import moments_in
 from jaxpg.rollout import RolloutState

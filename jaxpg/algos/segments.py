@@ -17,6 +17,7 @@ from jaxpg.advantages import ValuedRow, generalized_advantages, with_values
 from jaxpg.algos.base import Task, ascend, check_anneal
 from jaxpg.algos.measures import chunks_for
 from jaxpg.algos.minibatches import over_minibatches, plan_minibatches
+from jaxpg.chunks import Chunks, ChunkSize
 from jaxpg.critics import (
     CriticState,
     Values,
@@ -26,7 +27,7 @@ from jaxpg.critics import (
     values_of,
 )
 from jaxpg.distributions import entropy_of
-from jaxpg.gradients import Chunks, ChunkSize, weigh
+from jaxpg.gradients import weigh
 from jaxpg.networks import Network
 from jaxpg.types import Params, PRNGKey, Trajectory
 

@@ -45,6 +45,7 @@ from jaxpg.algos.segments import (
     policy_gradient,
     rows_cut,
 )
+from jaxpg.chunks import ChunkSize
 from jaxpg.critics import (
     CriticState,
     actor_with_critic,
@@ -53,7 +54,6 @@ from jaxpg.critics import (
     policy_rows,
 )
 from jaxpg.fisher import fisher_vector_product
-from jaxpg.gradients import ChunkSize
 from jaxpg.trust_region import natural_gradient, trust_region
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 

@@ -44,6 +44,7 @@ from jaxpg.algos.segments import (
     policy_gradient,
     valued,
 )
+from jaxpg.chunks import ChunkSize
 from jaxpg.critics import (
     CriticState,
     actor_with_critic,
@@ -51,7 +52,6 @@ from jaxpg.critics import (
     init_critic,
     policy_rows,
 )
-from jaxpg.gradients import ChunkSize
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = ["VTraceConfig", "VTraceState", "vtrace"]

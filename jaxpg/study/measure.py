@@ -21,6 +21,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
+from jaxpg.chunks import Chunks
 from jaxpg.credit import Credit
 from jaxpg.estimators import (
     Estimator,
@@ -32,7 +33,7 @@ from jaxpg.estimators import (
     make_estimator,
     summarize_batch,
 )
-from jaxpg.gradients import Chunks, score_gradients
+from jaxpg.gradients import score_gradients
 from jaxpg.optimal import with_squares
 from jaxpg.study.sampling import Sampler
 from jaxpg.study.subjects import Subject

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxpg._checks import check_divides, check_positive
-from jaxpg.gradients import (
+from jaxpg.chunks import (
     ALL_AT_ONCE,
     Chunks,
     MapRows,
