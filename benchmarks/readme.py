@@ -70,6 +70,23 @@ def peers() -> str:
     )
 
 
+def peers_days() -> str:
+    """How far ahead on two days, on which the same cores ran at different clocks."""
+    days = [timing.load(name) for name in ("peers-cpu-2026-11-24", "peers-cpu")]
+    libraries = ("PureJaxRL", "Stoix", "rejax")
+    heads = [f"{name}, {day['date'][:10]}" for name in libraries for day in days]
+    lines = [f"| work | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for place in days[0]["table"]:
+        tables = [day["table"][place] for day in days]
+        cells = [
+            f"{table[name]['ratio']['median']:.2f}" if name in table else ""
+            for name in libraries
+            for table in tables
+        ]
+        lines.append(f"| {place} environments | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def peers_learning() -> str:
     stored = timing.load("peers-learning-cpu")
     lines = [
@@ -487,6 +504,7 @@ def discrete_vae() -> str:
 BLOCKS = {
     "cold-start": cold_start,
     "peers": peers,
+    "peers-days": peers_days,
     "peers-learning": peers_learning,
     "throughput": throughput,
     "scaling": scaling,

@@ -157,6 +157,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("name", "policy"), PAIRS)
+@pytest.mark.thinned(3)
 def test_contract(name, policy):
     make_env, make_policy = POLICIES[policy]
     env = make_env()

@@ -194,6 +194,7 @@ def test_credit_of_packed_rows_by_hand():
 
 
 @pytest.mark.parametrize("baseline", ["time-dependent", "optimal", "per-parameter"])
+@pytest.mark.thinned(2)
 def test_packing_does_not_change_the_gradient(baseline):
     config = ReinforceConfig(baseline=baseline)
     algorithm = reinforce(config, TASK)
@@ -242,6 +243,7 @@ def learn(env, config, num_updates, num_episodes=64):
         ("Probe-DelayedReward-v0", 1.0, 1.0),
     ],
 )
+@pytest.mark.thinned(2)
 def test_probe_worlds_are_solved(name, before, optimum):
     config = ReinforceConfig(learning_rate=0.03)
     _, _, rewards = learn(PROBES[name](), config, 200)

@@ -357,6 +357,7 @@ for step in range(10_000):
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.011, 0.023])
+@pytest.mark.thinned(2)
 def test_a_kill_while_saving_leaves_the_newest_complete_checkpoint(tmp_path, delay):
     saver = subprocess.Popen(
         [sys.executable, "-c", SAVER, str(tmp_path)],

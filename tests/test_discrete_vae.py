@@ -85,6 +85,7 @@ def joint_and_posterior(settings, params):
 
 
 @pytest.mark.parametrize("settings", [BITS, GROUPS], ids=["bits", "groups"])
+@pytest.mark.thinned(2)
 def test_the_bound_is_the_log_likelihood_less_the_divergence(settings):
     with jax.enable_x64(True):
         params = random_params(settings)
@@ -180,7 +181,7 @@ def furthest(settings, name, number=4000):
 
 
 @pytest.mark.parametrize("name", UNBIASED)
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 def test_the_mean_of_an_unbiased_estimator_is_the_exact_gradient(name):
     # At most 32 entries: the largest of as many normal ones is above 4.5 in one of 4600
     # runs, and the keys are fixed.

@@ -94,7 +94,7 @@ def numpyro_twin(policy):
     return dist.TransformedDistribution(base, squash)
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(21)
 @pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
 @pytest.mark.parametrize("size", [1, 2, 9])
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def parameters(policy):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_kl_curves_like_the_fisher_information(kind, float64):
     p = make(kind, 0, (), 2, jnp.float64)
     if kind in ("gaussian", "tanh", "noise"):
@@ -491,7 +491,7 @@ def test_gaussian_draws_carry_gradients():
 
 @pytest.mark.parametrize("masked", MASKS)
 @pytest.mark.parametrize("num_kept", [3, 7])  # with 2 masked: both ways of log_prob
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_masked_actions_leave_everything_else_alone(num_kept, masked):
     kept = normal(0, num_kept), normal(1, num_kept)
     where = np.arange(1, num_kept + 1)  # the first and the last action are masked

@@ -128,6 +128,7 @@ CARTPOLE_POLICIES = {
 
 
 @pytest.mark.parametrize("name", CARTPOLE_POLICIES)
+@pytest.mark.thinned(2)
 def test_cartpole_is_gymnasiums(name):
     """|difference of means| under 4 standard errors; n = 1000 ours, 300 Gymnasium's."""
     pytest.importorskip("gymnasium")

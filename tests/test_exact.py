@@ -155,7 +155,7 @@ def test_long_horizons_equal_plain_loops():
 
 @worlds
 @pytest.mark.parametrize("discount", [1.0, 0.7])
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_enumerated_return_and_its_gradient(make_mdp, discount):
     mdp, policy, params = set_up(make_mdp)
 

@@ -272,6 +272,7 @@ def tabular(make_mdp, seed=1):
 
 @worlds
 @forms
+@pytest.mark.thinned(3)
 def test_over_all_paths_it_is_the_oracles_matrix(make_mdp, form, float64):
     mdp, policy, params = tabular(make_mdp)
     vector = jax.tree.map(
@@ -310,6 +311,7 @@ def test_chunks_change_nothing(chunks, per, form, float64):
 
 
 @pytest.mark.parametrize("name", ["recurrent", "tanh"])
+@pytest.mark.thinned(2)
 def test_whole_rows_may_have_memory_and_bounds(name, float64):
     unroll, rows, params = POLICIES[name], batch(), make_params()
     vector = make_params(2)
@@ -466,7 +468,7 @@ def all_paths(mdp, policy, params, discount):
     return rows, chances, returns
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(10)
 @worlds
 @pytest.mark.parametrize("discount", [1.0, 0.7])
 @pytest.mark.parametrize("damping", [0.0, 0.2])
@@ -539,6 +541,7 @@ def test_it_is_the_regression_that_it_says(float64):
 @pytest.mark.parametrize(
     "chunks", [Chunks(), Chunks(3), Chunks(3, cut_rows=True)], ids=str
 )
+@pytest.mark.thinned(2)
 def test_packed_episodes_are_rows_of_their_own(chunks, float64):
     mdp, policy, params = tabular(canonical_mdp)
     rows, chances, returns = all_paths(mdp, policy, params, 1.0)

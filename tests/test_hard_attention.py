@@ -171,6 +171,7 @@ def test_the_sensor_passes_no_gradient_to_its_place(canvas):
 
 
 @pytest.mark.parametrize("credit", ["reward", "likelihood"])
+@pytest.mark.thinned(2)
 def test_the_estimate_moves_the_places_and_fits_the_baseline(
     eye, params, canvas, credit
 ):
@@ -238,6 +239,7 @@ def test_the_baseline_alone_feels_its_error(eye, params, canvas):
 @pytest.mark.parametrize(
     "model", ["attention", "random-glimpses", "convolutional", "fully-connected"]
 )
+@pytest.mark.thinned(2)
 def test_every_model_answers(model):
     learner = make_learner(
         HardAttentionSettings(model=model, credit="likelihood", **SMALL)
@@ -251,6 +253,7 @@ def test_every_model_answers(model):
 
 
 @pytest.mark.parametrize(("credit", "cost"), [("reward", 0.9), ("likelihood", 2.3026)])
+@pytest.mark.thinned(2)
 def test_places_are_first_expected_to_cost_what_a_guess_does(credit, cost):
     learner = make_learner(HardAttentionSettings(credit=credit, **SMALL))
     expected = []

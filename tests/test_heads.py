@@ -87,7 +87,7 @@ def test_outputs_become_the_distribution_of_the_space(case):
 
 # 3 rows and 3 dimensions: bounds must not be taken for one number per row.
 @pytest.mark.parametrize("batch", [(3,), (2, 3)], ids=str)
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 def test_a_batch_is_its_rows(case, batch):
     params = jax.tree.map(lambda x: x + normal(1, *x.shape), case.head.init())
     outputs = normal(0, *batch, case.num_outputs)

@@ -119,6 +119,7 @@ def flat(tree):
 
 
 @pytest.mark.parametrize("name", TABLE)
+@pytest.mark.thinned(3)
 def test_mean_is_the_declared_limit(name, float64):
     form, limit = TABLE[name]
     mean, mdp, policy, params = mean_of(form)

@@ -122,6 +122,7 @@ def test_the_plain_form_is_fitted_on_the_batch_itself(float64):
 
 
 @pytest.mark.parametrize("num_folds", [2, 3, 20])
+@pytest.mark.thinned(2)
 def test_a_fold_is_predicted_by_the_others(num_folds, float64):
     rows, credit = random_batch()
     baseline = linear_baseline(OBS, MAX_STEPS, ridge=RIDGE, num_folds=num_folds)
@@ -234,6 +235,7 @@ def mean_and_exact(make, batch_size, state=(), off_policy=False):
     ("num_folds", "batch_size", "off_policy"),
     [(2, 2, False), (2, 3, False), (3, 3, False), (2, 2, True)],
 )
+@pytest.mark.thinned(2)
 def test_across_folds_it_is_unbiased(num_folds, batch_size, off_policy, float64):
     make = functools.partial(linear_baseline, num_folds=num_folds)
     mean, gradient = mean_and_exact(make, batch_size, off_policy=off_policy)

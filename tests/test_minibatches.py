@@ -137,6 +137,7 @@ def test_minibatches_are_drawn_evenly():
 
 @pytest.mark.parametrize("num_devices", [2, 4, 8])
 @pytest.mark.parametrize("cut_rows", [True, False])
+@pytest.mark.thinned(3)
 def test_devices_do_not_change_the_minibatches(num_devices, cut_rows):
     cut = plan_minibatches(32, 4, 4, cut_rows=cut_rows)
     rows = rows_of(32, 4, with_carry=not cut_rows)

@@ -51,6 +51,7 @@ def whole_episodes():
 
 @pytest.mark.parametrize("config", [NPG, ENAC], ids=["npg", "enac"])
 @pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.thinned(2)
 def test_the_step_is_the_exact_natural_gradient(config, pack):
     """Scores have mean 0 over all paths, so eNAC's regression has F for its matrix."""
     expected = exact.natural_gradient(MDP, POLICY, even_params(), damping=0.02)

@@ -112,6 +112,7 @@ def test_batches_equal_rows(case):
 
 
 @pytest.mark.parametrize("count", [FEW - 1, FEW, 3 * FEW])
+@pytest.mark.thinned(2)
 def test_a_perceptron_says_the_same_of_many(count, float64):
     graph, params = nnx.split(mlp(3, (5, 4), 2, rngs=nnx.Rngs(0), output_scale=1.0))
     inputs = jax.random.normal(jax.random.key(1), (count, 3))

@@ -1,6 +1,8 @@
 """The notebooks run, show legible figures, and are what is stored beside them."""
 
+import ast
 import contextlib
+import importlib
 import json
 import os
 import pathlib
@@ -8,6 +10,7 @@ import re
 import runpy
 import subprocess
 import sys
+import types
 
 import jax
 import matplotlib
@@ -84,6 +87,29 @@ def as_a_user_has_it():
 
 
 @EACH
+def test_what_it_takes_from_the_library_exists(source):
+    """For every day, when most are not run: a renamed function is noticed."""
+    tree = ast.parse(source.read_text())
+    rooms = {"jaxpg": importlib.import_module("jaxpg")}
+    taken = 0
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxpg"):
+            room = importlib.import_module(node.module)
+            for name in node.names:
+                found = getattr(room, name.name, None) or importlib.import_module(
+                    f"{node.module}.{name.name}"
+                )
+                rooms[name.asname or name.name] = found
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if isinstance(rooms.get(node.value.id), types.ModuleType):
+                assert hasattr(rooms[node.value.id], node.attr), ast.unparse(node)
+                taken += 1
+    assert len(rooms) > 1 or taken
+
+
+@EACH
+@pytest.mark.thinned(3)
 def test_the_quick_form_runs_and_shows_labelled_figures(source, monkeypatch):
     shown = []
 

@@ -78,6 +78,7 @@ def given_gradient(state):
         {"baseline": "time-dependent", "standardize": True},
     ],
 )
+@pytest.mark.thinned(2)
 def test_the_first_step_on_policy_is_reinforces(settings):
     config = change(BASE, **settings)
     shared = {name: x for name, x in settings.items() if name != "ratio"}
@@ -136,6 +137,7 @@ def test_later_steps_are_taken_at_the_moved_parameters():
         ("first-order", "states and values of the behaviour"),
     ],
 )
+@pytest.mark.thinned(2)
 def test_the_expected_gradient_from_somebody_elses_episodes(ratio, limit):
     """The batch holds every path of the even policy in proportion: it is the mean."""
     target, even = other_params(), even_params()
@@ -166,6 +168,7 @@ def test_the_expected_gradient_from_somebody_elses_episodes(ratio, limit):
         {"baseline": "optimal-time"},
     ],
 )
+@pytest.mark.thinned(2)
 def test_neither_chunks_nor_packing_change_it(settings):
     config = change(BASE, num_epochs=3, **settings)
     whole, info = updater(config)(first_state(config), rows_of())

@@ -98,6 +98,7 @@ CREDITS = ("total-return", "reward-to-go")
 
 
 @pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.thinned(2)
 def test_no_other_scalar_has_less_variance(credit):
     best = level_of("optimal", credit)[0]
 
@@ -110,6 +111,7 @@ def test_no_other_scalar_has_less_variance(credit):
 
 
 @pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.thinned(2)
 def test_no_other_number_per_decision_has_less_variance(credit):
     best = level_of("optimal-time", credit)
 

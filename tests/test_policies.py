@@ -332,7 +332,7 @@ def test_every_parameter_has_a_gradient(case):
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradient))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 def test_init_and_step_over_seeds_equal_separate_calls(case):
     _, policy, _, obs = case
     keys = jax.random.split(jax.random.key(3), 3)

@@ -244,6 +244,7 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.thinned(2)
 def test_an_update_is_the_plain_implementations(name):
     config = PLAIN[name]
     state, info = update(config)
@@ -422,6 +423,7 @@ def several():
     ("chunk_size", "num_devices"),
     [(3, 1), pytest.param(None, 8, marks=pytest.mark.exhaustive), (2, 8)],
 )
+@pytest.mark.thinned(2)
 def test_chunks_and_devices_change_nothing(several, chunk_size, num_devices):
     config, run, expected = several
     found = run(change(config, chunk_size=chunk_size), num_devices)

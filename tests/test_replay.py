@@ -94,7 +94,7 @@ def stored(name):
 SOME, REST, ALL, SPREAD = (4, 1), (3, 1), (64, 1), (2, 4)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize(
     ("name", "how"),
     [

@@ -655,6 +655,7 @@ def test_what_cannot_work_is_refused(call, sentence):
 
 
 @pytest.mark.parametrize("num_slots", [4, 2 * FEW])
+@pytest.mark.thinned(2)
 def test_slots_apart_play_what_they_play_together(num_slots):
     """As on several devices: no episode is played twice, whoever holds its slot."""
     together, _ = segment(start_segments(ENV, POLICY, KEY, num_slots), 12)

@@ -146,6 +146,7 @@ def rows():
 
 
 @pytest.mark.parametrize("ratio", FORMS)
+@pytest.mark.thinned(2)
 def test_a_common_factor_changes_nothing(ratio):
     log_rhos = jnp.asarray(np.log(WEIGHTS))
     scaled = log_rhos.at[:, 0].add(3.0)

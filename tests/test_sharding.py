@@ -108,6 +108,7 @@ def batch():
 
 
 @pytest.mark.parametrize("chunks", [Chunks(), Chunks(7), Chunks(7, cut_rows=True)])
+@pytest.mark.thinned(2)
 def test_sharded_gradient_equals_the_whole(chunks):
     fn, params, rows, weights = batch()
     sharded = quick(

@@ -171,6 +171,7 @@ def assert_equal(tree, other, tolerance=1e-10):
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+@pytest.mark.thinned(3)
 def test_first_order_equals_the_enumerated_gradient(program, float64):
     exact = jax.value_and_grad(stochastic.exact_expectation(program))
     value, gradient = jax.jit(exact)(params(), KEY)
@@ -182,6 +183,7 @@ def test_first_order_equals_the_enumerated_gradient(program, float64):
 @pytest.mark.parametrize(
     "program", [chain, markov, backwards, batched], ids=lambda p: p.__name__
 )
+@pytest.mark.thinned(2)
 def test_the_magic_box_has_the_enumerated_gradient_and_hessian(program, float64):
     direction = jax.tree.map(
         lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params()

@@ -115,6 +115,7 @@ UNBIASED = {
 
 
 @pytest.mark.parametrize("name", UNBIASED)
+@pytest.mark.thinned(2)
 def test_integrated_over_all_noise_it_is_the_exact_gradient(name, monkeypatch, float64):
     loss, settings = UNBIASED[name]
     mean, _ = integrated(monkeypatch, loss, **settings)
@@ -167,7 +168,7 @@ SAMPLED = {
 }
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("name", SAMPLED)
 def test_sampled_means_agree_with_the_exact_gradient(name):
     loss, program, params = SAMPLED[name]

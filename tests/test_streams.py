@@ -98,7 +98,7 @@ def stream(which, chunk_size, source=None, **options):
 @pytest.mark.parametrize(
     "baseline", [name for name in BASELINES if not name.endswith("-plain")]
 )
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 def test_streamed_is_whole(baseline, float64):
     which = estimator(baseline)
     close(stream(which, 4).gradient, whole_gradient(which))

@@ -481,6 +481,7 @@ def with_each_baseline(b):
 
 
 @pytest.mark.parametrize("discount", [1.0, 0.8])
+@pytest.mark.thinned(2)
 def test_value_gradient_and_hessian_are_exact_in_the_mean(discount, float64):
     mdp, policy, params = world()
     fn = log_prob_fn(policy)

@@ -391,7 +391,7 @@ def test_members_are_all_combinations_of_values_and_seeds():
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_every_number_of_every_algorithm_can_be_swept(tmp_path, name, monkeypatch):
     """Traced in place of numbers; nothing is compiled."""
     from jaxtyping import config as checker
@@ -437,6 +437,7 @@ def built(pair, folder):
 
 
 @pytest.mark.parametrize("pair", tuned_pairs(), ids="/".join)
+@pytest.mark.thinned(3)
 def test_stored_settings_build(tmp_path, pair):
     env, algorithm = pair
     config = tuned(env, algorithm)
@@ -453,7 +454,7 @@ def test_stored_settings_build(tmp_path, pair):
     ],
     ids="/".join,
 )
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 def test_an_update_with_stored_settings_can_be_traced(tmp_path, pair):
     run, state = built(pair, tmp_path)
     after, metrics = jax.eval_shape(run.program.advance, state, np.int32(1))
@@ -533,6 +534,7 @@ def test_own_objects_must_be_given_again(tmp_path):
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.thinned(2)
 def test_visits_of_the_host_change_no_bit(tmp_path, num_devices):
     config = tiny(tmp_path, num_seeds=2, num_devices=num_devices)
     init, advance = create_run(config).program

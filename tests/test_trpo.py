@@ -81,6 +81,7 @@ def exact_step(max_kl, damping):
 
 
 @pytest.mark.parametrize("max_kl", [1e-3, 0.5])
+@pytest.mark.thinned(2)
 def test_the_step_is_the_exact_one(max_kl):
     config = change(EXACT, max_kl=max_kl)
     rows = every_path()

@@ -143,6 +143,7 @@ def test_a_warm_start_begins_at_the_last_solution(float64):
 
 
 @pytest.mark.parametrize("warm_start", [False, True])
+@pytest.mark.thinned(2)
 def test_states_keep_their_types(warm_start):
     """So that they can be carried through `scan`."""
     oracle = Oracle()
