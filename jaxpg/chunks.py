@@ -219,6 +219,10 @@ def _of_one_row(fn: Callable[[Any, PyTree], Any]) -> Callable[[Any, PyTree], Any
     return of_one_row
 
 
+Plan = tuple[Callable[[Array, Array], Array], Array, Array]
+"""`cut(x, index)`, the chunks' indices in order, and how many of them are needed."""
+
+
 class Blocks(NamedTuple):
     """`number` blocks of `size` indices each, the first from `start` on."""
 
@@ -258,7 +262,11 @@ def _sum_over_grid(
     some_steps: Blocks,
 ) -> Any:
     """Sum over a grid of equal chunks, each cut out only when its turn comes."""
-    cut = _cutter(some_rows, some_steps, active.shape[1])
+    if 1 < some_steps.number and some_steps.size < active.shape[1]:
+        plan = _plan_of_pieces
+    else:
+        plan = _plan_of_blocks
+    cut, order, count = plan(active, some_rows, some_steps)
 
     def of_chunk(index: Array) -> Any:
         return fn(shared, jax.tree.map(lambda x: cut(x, index), rows))
@@ -266,54 +274,83 @@ def _sum_over_grid(
     def add(total: Any, index: Array) -> Any:
         return jax.tree.map(jnp.add, total, of_chunk(index))
 
-    first = jnp.zeros((), jnp.int32)
-    zeros = optax.tree.zeros_like(jax.eval_shape(of_chunk, first))
-    needed = _needed_chunks(active, some_rows, some_steps)
-    return _visit_needed(add, zeros, needed)
+    zeros = optax.tree.zeros_like(jax.eval_shape(of_chunk, order[0]))
+    return _visit_first(add, zeros, order, count)
 
 
-def _needed_chunks(
+def _plan_of_blocks(
     active: Bool[Array, "B T"], some_rows: Blocks, some_steps: Blocks
-) -> Bool[Array, "C"]:
-    """Which chunks of a grid have anything active, in the order of `_cutter`."""
-    first, last = some_rows.start, some_rows.start + some_rows.number * some_rows.size
-    active = active[first:last]
-    first = some_steps.start
-    active = active[:, first : first + some_steps.number * some_steps.size]
+) -> Plan:
+    """Chunks of neighbouring rows, those with anything active first."""
+    needed = jnp.any(_by_piece(active, some_rows, some_steps), axis=1)
+    needed = anybody(needed.T.reshape(-1))
+    cut = _cutter(some_rows, some_steps, active.shape[1])
+    return cut, jnp.argsort(~needed).astype(jnp.int32), jnp.sum(needed)
+
+
+def _plan_of_pieces(
+    active: Bool[Array, "B T"], some_rows: Blocks, some_steps: Blocks
+) -> Plan:
+    """Chunks of any pieces of any rows, those with anything active first.
+
+    Rows of unlike lengths, side by side, leave chunks of neighbours mostly empty.
+    """
+    needed = _by_piece(active, some_rows, some_steps)
+    needed = anybody(needed.reshape(-1, some_steps.number).reshape(-1))
+    order = jnp.argsort(~needed).astype(jnp.int32)
+    per_chunk, size = some_rows.size, some_steps.size
+
+    def cut(x: Array, index: Array) -> Array:
+        some = jax.lax.dynamic_slice_in_dim(order, index * per_chunk, per_chunk)
+        row, piece = jnp.divmod(some, some_steps.number)
+        row, first = some_rows.start + row, some_steps.start + piece * size
+        steps = first[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+        return x[row[:, None], steps]
+
+    number = some_rows.number * some_steps.number
+    count = -(-jnp.sum(needed) // per_chunk)
+    return cut, jnp.arange(number, dtype=jnp.int32), count
+
+
+def _by_piece(
+    active: Bool[Array, "B T"], some_rows: Blocks, some_steps: Blocks
+) -> Bool[Array, "R r W"]:
+    """Whether anything is active: blocks of rows, rows of a block, blocks of steps."""
+    active = active[some_rows.start :][: some_rows.number * some_rows.size]
+    last = some_steps.start + some_steps.number * some_steps.size
+    active = active[:, some_steps.start : last]
     shape = some_rows.number, some_rows.size, some_steps.number, some_steps.size
-    return anybody(jnp.any(active.reshape(shape), axis=(1, 3)).T.reshape(-1))
+    return jnp.any(active.reshape(shape), axis=3)
 
 
-def _visit_needed(
-    add: Callable[[Any, Array], Any], total: Any, needed: Bool[Array, "C"]
+def _visit_first(
+    add: Callable[[Any, Array], Any], total: Any, order: Array, count: Array
 ) -> Any:
-    """`add` every needed index, in order; of those that are not, many at a time.
+    """`add` the first `count` indices, in order; the others are skipped together.
 
     To ask of every index whether it is needed costs more than the work, where rows are
     mostly empty. A `while_loop` over the needed ones would have no reverse derivative.
     """
-    number = needed.shape[0]
-    indices = jnp.arange(number, dtype=jnp.int32)
+    number = order.shape[0]
 
-    def visit(total: Any, index: Array, needed: Array) -> Any:
-        return jax.lax.cond(needed, lambda: add(total, index), lambda: total)
+    def visit(total: Any, some: tuple[Array, Array]) -> tuple[Any, None]:
+        index, needed = some
+        return jax.lax.cond(needed, lambda: add(total, index), lambda: total), None
 
     def one_by_one(total: Any, some: tuple[Array, Array]) -> Any:
-        return jax.lax.scan(lambda x, one: (visit(x, *one), None), total, some)[0]
+        return jax.lax.scan(visit, total, some)[0]
 
     if number <= 2 * TOGETHER:
-        return one_by_one(total, (indices, needed))
-    order = jnp.argsort(~needed).astype(jnp.int32)
+        return one_by_one(total, (order, jnp.arange(number) < count))
     blocks = -(-number // TOGETHER)
     order = jnp.pad(order, (0, blocks * TOGETHER - number)).reshape(blocks, TOGETHER)
-    flags = jnp.arange(blocks * TOGETHER) < jnp.sum(needed)
-    flags = flags.reshape(blocks, TOGETHER)
+    needed = (jnp.arange(blocks * TOGETHER) < count).reshape(blocks, TOGETHER)
 
     def of_block(total: Any, some: tuple[Array, Array]) -> tuple[Any, None]:
-        start = some[1][0]
-        return jax.lax.cond(start, lambda: one_by_one(total, some), lambda: total), None
+        begun = some[1][0]
+        return jax.lax.cond(begun, lambda: one_by_one(total, some), lambda: total), None
 
-    return jax.lax.scan(of_block, total, (order, flags))[0]
+    return jax.lax.scan(of_block, total, (order, needed))[0]
 
 
 def _map_over_grid(

@@ -9,7 +9,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxpg._batching import rows_are_vmapped
-from jaxpg.chunks import TOGETHER, Chunks, map_over_chunks, sum_over_chunks
+from jaxpg.chunks import PIECE, TOGETHER, Chunks, map_over_chunks, sum_over_chunks
 from jaxpg.distributions import Categorical
 from jaxpg.envs import Box, Discrete
 from jaxpg.gradients import score_gradient, trajectory_gradients
@@ -534,3 +534,20 @@ def test_members_skip_what_none_of_them_needs():
         )
     )(active)
     assert visits.tolist() == [2.0, 2.0]  # one's work is done beside the other's
+
+
+def test_pieces_of_unlike_rows_fill_chunks_together():
+    """Every fifth of 40 rows has something, in its third piece: 8 pieces, 2 chunks."""
+    active = jnp.zeros((40, 70), bool).at[::5, 33].set(True)
+    numbers = jnp.arange(40.0 * 70).reshape(40, 70)
+    rows = numbers, active
+
+    def seen(_, chunk):
+        return jnp.ones(()), jnp.sum(jnp.where(chunk[1], chunk[0], 0.0))
+
+    chunks = Chunks(4 * PIECE, cut_rows=True)
+    visits, total = sum_over_chunks(seen, None, rows, active, chunks)
+    assert visits == 2.0
+    assert total == jnp.sum(jnp.where(active, numbers, 0.0))
+    by_rows = Chunks(4 * 70)
+    assert sum_over_chunks(seen, None, rows, active, by_rows)[0] == 8.0
