@@ -262,10 +262,7 @@ def _sum_over_grid(
     some_steps: Blocks,
 ) -> Any:
     """Sum over a grid of equal chunks, each cut out only when its turn comes."""
-    if 1 < some_steps.number and some_steps.size < active.shape[1]:
-        plan = _plan_of_pieces
-    else:
-        plan = _plan_of_blocks
+    plan = _plan_of_pieces if some_steps.number > 1 else _plan_of_blocks
     cut, order, count = plan(active, some_rows, some_steps)
 
     def of_chunk(index: Array) -> Any:
@@ -285,7 +282,7 @@ def _plan_of_blocks(
     needed = jnp.any(_by_piece(active, some_rows, some_steps), axis=1)
     needed = anybody(needed.T.reshape(-1))
     cut = _cutter(some_rows, some_steps, active.shape[1])
-    return cut, jnp.argsort(~needed).astype(jnp.int32), jnp.sum(needed)
+    return cut, jnp.argsort(~needed).astype(jnp.int32), jnp.sum(needed, dtype=jnp.int32)
 
 
 def _plan_of_pieces(
@@ -295,8 +292,7 @@ def _plan_of_pieces(
 
     Rows of unlike lengths, side by side, leave chunks of neighbours mostly empty.
     """
-    needed = _by_piece(active, some_rows, some_steps)
-    needed = anybody(needed.reshape(-1, some_steps.number).reshape(-1))
+    needed = anybody(_by_piece(active, some_rows, some_steps).reshape(-1))
     order = jnp.argsort(~needed).astype(jnp.int32)
     per_chunk, size = some_rows.size, some_steps.size
 
@@ -308,7 +304,7 @@ def _plan_of_pieces(
         return x[row[:, None], steps]
 
     number = some_rows.number * some_steps.number
-    count = -(-jnp.sum(needed) // per_chunk)
+    count = -(-jnp.sum(needed, dtype=jnp.int32) // per_chunk)
     return cut, jnp.arange(number, dtype=jnp.int32), count
 
 
@@ -341,10 +337,12 @@ def _visit_first(
         return jax.lax.scan(visit, total, some)[0]
 
     if number <= 2 * TOGETHER:
-        return one_by_one(total, (order, jnp.arange(number) < count))
+        return one_by_one(total, (order, jnp.arange(number, dtype=jnp.int32) < count))
     blocks = -(-number // TOGETHER)
     order = jnp.pad(order, (0, blocks * TOGETHER - number)).reshape(blocks, TOGETHER)
-    needed = (jnp.arange(blocks * TOGETHER) < count).reshape(blocks, TOGETHER)
+    needed = (jnp.arange(blocks * TOGETHER, dtype=jnp.int32) < count).reshape(
+        blocks, TOGETHER
+    )
 
     def of_block(total: Any, some: tuple[Array, Array]) -> tuple[Any, None]:
         begun = some[1][0]

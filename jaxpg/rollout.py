@@ -300,7 +300,7 @@ def _with_last(
     )
 
     def put(rows: Array, late: Array) -> Array:
-        after = jnp.arange(rows.shape[1]) >= loop.step
+        after = jnp.arange(rows.shape[1], dtype=jnp.int32) >= loop.step
         after = after.reshape(1, -1, *(1,) * (rows.ndim - 2))
         return rows.at[which].set(jnp.where(after, late, rows[which]))
 
