@@ -551,3 +551,17 @@ def test_pieces_of_unlike_rows_fill_chunks_together():
     assert total == jnp.sum(jnp.where(active, numbers, 0.0))
     by_rows = Chunks(4 * 70)
     assert sum_over_chunks(seen, None, rows, active, by_rows)[0] == 8.0
+
+
+@pytest.mark.parametrize("size", [1, 4 * PIECE])
+def test_chunks_are_counted_in_double_precision_too(float64, size):
+    active = jnp.zeros((40, 200), bool).at[::5, 33].set(True)
+    numbers = jnp.arange(40.0 * 200).reshape(40, 200)
+    found = sum_over_chunks(
+        lambda _, chunk: jnp.sum(jnp.where(chunk[1], chunk[0], 0.0)),
+        None,
+        (numbers, active),
+        active,
+        Chunks(size, cut_rows=True),
+    )
+    assert found == jnp.sum(jnp.where(active, numbers, 0.0))

@@ -195,6 +195,13 @@ def test_the_last_few_decide_alone(early_moves):
     assert len(seen) == sum(expected)
 
 
+def test_the_last_few_are_moved_in_double_precision_too(early_moves, float64):
+    ids = jnp.arange(N, dtype=jnp.int32)
+    params = TABLE.init(KEY, jnp.array(0))
+    batch = rollout_episodes(TABULAR, TABLE, params, KEY, ids)
+    check_whole_episodes(batch, range(N))
+
+
 def test_a_buffer_is_turned_page_by_page_as_far_as_it_was_played(one_per_row):
     """400 episodes of four slots: a long buffer, more than half of it empty."""
     ids = jnp.arange(400, dtype=jnp.int32)
