@@ -71,7 +71,7 @@ def peers() -> str:
 
 
 def peers_days() -> str:
-    """How far ahead on two days, on which the same cores ran at different clocks."""
+    """How far ahead on two days, with the code of each."""
     days = [timing.load(name) for name in ("peers-cpu-2026-11-24", "peers-cpu")]
     libraries = ("PureJaxRL", "Stoix", "rejax")
     heads = [f"{name}, {day['date'][:10]}" for name in libraries for day in days]

@@ -11,13 +11,16 @@ on one device, and what is compared is the ratio to the first, round by round.
 import argparse
 import statistics
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import timing
 
 from jaxpg import envs
+from jaxpg._unrolled import plain, unrolled
 from jaxpg.chunks import Chunks
+from jaxpg.distributions import discrete
 from jaxpg.gradients import score_gradient
 from jaxpg.policies import log_prob_fn, mlp_policy
 from jaxpg.slots import FEW
@@ -31,11 +34,13 @@ class Variant(NamedTuple):
     random: str = "by episode and decision"
     reset: str = "of what has ended"
     layout: str = "time first, swapped once"
+    rounds: str = "written out"
     implementation: str = "threefry2x32"
 
 
 VARIANTS = {
     "as in jaxpg": Variant(),
+    "JAX's loop over the rounds": Variant(rounds="a loop"),
     "keys split at every step": Variant(random="split at every step"),
     "all uniforms drawn before": Variant(random="drawn before"),
     "rbg keys": Variant(implementation="rbg"),
@@ -49,7 +54,16 @@ VARIANTS = {
 def rollout(variant: Variant, params: Any, key: Any, slots: Any, num_steps: int) -> Any:
     """`num_steps` decisions of every slot; slots are (key, state, obs, time)."""
     num_slots = slots[2].shape[0]
+    rounds = unrolled if variant.rounds == "written out" else _as_it_is
     drawn = jax.random.uniform(key, (num_steps, num_slots))
+
+    def pair(key: Any) -> tuple[Any, Any]:
+        first, second = jax.random.split(key)
+        return plain(first), plain(second)
+
+    def sample(distribution: Any, key: Any) -> Any:
+        with mock.patch.object(discrete, "unrolled", rounds):
+            return distribution.sample(key)
 
     def decide(slot: Any, key_step: Any, uniform: Any) -> Any:
         slot_key, state, obs, time = slot
@@ -61,11 +75,11 @@ def rollout(variant: Variant, params: Any, key: Any, slots: Any, num_steps: int)
             )
             action = (uniform >= probability).astype(jnp.int32)
         elif variant.random == "split at every step":
-            key_action, key_env = jax.random.split(key_step)
-            action = distribution.sample(key_action)
+            key_action, key_env = pair(rounds(key_step))
+            action = sample(distribution, key_action)
         else:
-            key_action, key_env = jax.random.split(jax.random.fold_in(slot_key, time))
-            action = distribution.sample(key_action)
+            key_action, key_env = pair(jax.random.fold_in(rounds(slot_key), time))
+            action = sample(distribution, key_action)
         state, output = ENV.step(key_env, state, action)
         decision = Trajectory(
             obs,
@@ -81,7 +95,7 @@ def rollout(variant: Variant, params: Any, key: Any, slots: Any, num_steps: int)
         return (slot_key, state, output.obs, time + 1), decision
 
     def restart(slot: Any) -> Any:
-        key_next, key_reset = jax.random.split(jax.random.fold_in(slot[0], slot[3]))
+        key_next, key_reset = pair(jax.random.fold_in(rounds(slot[0]), slot[3]))
         state, obs = ENV.reset(key_reset)
         return key_next, state, obs, jnp.zeros((), jnp.int32)
 
@@ -135,6 +149,10 @@ def rollout(variant: Variant, params: Any, key: Any, slots: Any, num_steps: int)
     if rows is None:
         rows = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), decisions)
     return rows, slots
+
+
+def _as_it_is(key: Any) -> Any:
+    return key
 
 
 def build(variant: Variant, num_envs: int, num_steps: int) -> dict[str, Any]:

@@ -278,9 +278,8 @@ def _sum_over_grid(
 def _plan_of_blocks(
     active: Bool[Array, "B T"], some_rows: Blocks, some_steps: Blocks
 ) -> Plan:
-    """Chunks of neighbouring rows, those with anything active first."""
-    needed = jnp.any(_by_piece(active, some_rows, some_steps), axis=1)
-    needed = anybody(needed.T.reshape(-1))
+    """Chunks of neighbouring rows, in one block of steps, those with anything first."""
+    needed = anybody(jnp.any(_by_piece(active, some_rows, some_steps), axis=(1, 2)))
     cut = _cutter(some_rows, some_steps, active.shape[1])
     return cut, jnp.argsort(~needed).astype(jnp.int32), jnp.sum(needed, dtype=jnp.int32)
 
