@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from jaxpg._batching import anybody, anywhere
 from jaxpg._checks import check_positive
@@ -280,8 +280,7 @@ def _plan_of_blocks(
 ) -> Plan:
     """Chunks of neighbouring rows, in one block of steps, those with anything first."""
     needed = anybody(jnp.any(_by_piece(active, some_rows, some_steps), axis=(1, 2)))
-    cut = _cutter(some_rows, some_steps, active.shape[1])
-    return cut, jnp.argsort(~needed).astype(jnp.int32), jnp.sum(needed, dtype=jnp.int32)
+    return _cutter(some_rows, some_steps, active.shape[1]), *_first(needed)
 
 
 def _plan_of_pieces(
@@ -292,7 +291,7 @@ def _plan_of_pieces(
     Rows of unlike lengths, side by side, leave chunks of neighbours mostly empty.
     """
     needed = anybody(_by_piece(active, some_rows, some_steps).reshape(-1))
-    order = jnp.argsort(~needed).astype(jnp.int32)
+    order, num_needed = _first(needed)
     per_chunk, size = some_rows.size, some_steps.size
 
     def cut(x: Array, index: Array) -> Array:
@@ -303,8 +302,24 @@ def _plan_of_pieces(
         return x[row[:, None], steps]
 
     number = some_rows.number * some_steps.number
-    count = -(-jnp.sum(needed, dtype=jnp.int32) // per_chunk)
-    return cut, jnp.arange(number, dtype=jnp.int32), count
+    return cut, jnp.arange(number, dtype=jnp.int32), -(-num_needed // per_chunk)
+
+
+def _first(needed: Bool[Array, "n"]) -> tuple[Int[Array, "n"], Int[Array, ""]]:
+    """Indices of what is needed, in order, before all others; and how many those are.
+
+    `argsort(~needed)` in the time of a running sum: a sort of a quarter of a million
+    pieces would take a tenth of an update.
+    """
+    index = jnp.arange(needed.shape[0], dtype=jnp.int32)
+    num_so_far = jnp.cumsum(needed, dtype=jnp.int32)
+    place = jnp.where(needed, num_so_far - 1, num_so_far[-1] + index - num_so_far)
+    order = (
+        jnp.zeros_like(index)
+        .at[place]
+        .set(index, mode="promise_in_bounds", unique_indices=True)
+    )
+    return order, num_so_far[-1]
 
 
 def _by_piece(

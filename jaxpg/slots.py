@@ -171,9 +171,13 @@ def restart_ended(
         return select(ends, restart(ids), slots)
 
     def of_few() -> PyTree:
-        (which,) = jnp.nonzero(ends, size=few, fill_value=num_slots)
-        fresh = restart(ids[which])  # clipped beyond the end, and then dropped
-        return jax.tree.map(lambda x, y: x.at[which].set(y, mode="drop"), slots, fresh)
+        # Gathers alone: a scatter goes entry by entry on CPU, and leaf by leaf.
+        num_ended = jnp.cumsum(ends, dtype=jnp.int32)
+        places = jnp.arange(1, few + 1, dtype=jnp.int32)
+        which = jnp.searchsorted(num_ended, places, method="scan_unrolled")
+        fresh = restart(ids[jnp.minimum(which, num_slots - 1)])
+        place = jnp.clip(num_ended - 1, 0, few - 1)
+        return select(ends, jax.tree.map(lambda x: x[place], fresh), slots)
 
     def of_those() -> PyTree:
         if few == 0:

@@ -9,7 +9,14 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxpg._batching import rows_are_vmapped
-from jaxpg.chunks import PIECE, TOGETHER, Chunks, map_over_chunks, sum_over_chunks
+from jaxpg.chunks import (
+    PIECE,
+    TOGETHER,
+    Chunks,
+    _first,
+    map_over_chunks,
+    sum_over_chunks,
+)
 from jaxpg.distributions import Categorical
 from jaxpg.envs import Box, Discrete
 from jaxpg.gradients import score_gradient, trajectory_gradients
@@ -522,6 +529,14 @@ def test_chunks_that_nobody_needs_are_skipped_together(length, share):
     assert count == jnp.sum(active)
     # Reverse derivatives go through, as through any sum.
     assert jax.grad(lambda scale: of(scale)[0])(2.0) == found / 2.0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_what_is_needed_comes_first_and_in_order(share):
+    needed = jax.random.uniform(jax.random.key(0), (1000,)) < share
+    order, count = jax.jit(_first)(needed)
+    assert order.tolist() == jnp.argsort(~needed).tolist()
+    assert count == jnp.sum(needed)
 
 
 def test_members_skip_what_none_of_them_needs():

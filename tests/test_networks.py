@@ -10,7 +10,15 @@ from flax import nnx
 
 from jaxpg._batching import vmap_rows
 from jaxpg.envs import Box, Discrete, Masked, MaskedObs, MultiBinary, MultiDiscrete
-from jaxpg.layers import FEW, gru, mlp, patches, perceive_many
+from jaxpg.layers import (
+    FEW,
+    _affine,
+    _affine_in_one,
+    gru,
+    mlp,
+    patches,
+    perceive_many,
+)
 from jaxpg.networks import (
     cnn_network,
     feedforward,
@@ -128,6 +136,57 @@ def test_a_perceptron_says_the_same_of_many(count, float64):
     ):
         assert np.abs(y).max() > 0.1
         np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
+def test_kernel_and_bias_in_one_derive_as_they_do_apart(moving, float64):
+    """Forward, backward and twice, with respect to some and to all."""
+    shapes = (3, 5), (5,), (3, 7)
+    keys = jax.random.split(jax.random.key(0), 6)
+    places = [jax.random.normal(k, x) for k, x in zip(keys[:3], shapes, strict=True)]
+    ways = [jax.random.normal(k, x) for k, x in zip(keys[3:], shapes, strict=True)]
+
+    def some(affine):
+        def of(*those):
+            arguments = list(places)
+            for i, x in zip(moving, those, strict=True):
+                arguments[i] = x
+            return jnp.tanh(affine(*arguments))
+
+        return of
+
+    at, way = ([x[i] for i in moving] for x in (places, ways))
+    each = range(len(moving))
+
+    def derivatives(affine):
+        def total(*those):
+            return jnp.sum(some(affine)(*those) ** 3)
+
+        forward = jax.jvp(some(affine), at, way)
+        return forward, jax.grad(total, each)(*at), jax.hessian(total, each)(*at)
+
+    found, expected = derivatives(_affine_in_one), derivatives(_affine)
+    for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert np.abs(y).max() > 0.01
+        np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradient_of_a_kernel_and_its_bias_is_one_product(monkeypatch):
+    """On CPU; where sums are cheap and memory is not, they stay two."""
+    graph, params = nnx.split(mlp(3, (5,), 2, rngs=nnx.Rngs(0)))
+
+    def products_and_sums():
+        def total(params):
+            return jnp.sum(perceive_many(nnx.merge(graph, params), jnp.ones((FEW, 3))))
+
+        text = str(jax.make_jaxpr(jax.grad(total))(params))
+        return text.count("dot_general"), text.count("reduce_sum")
+
+    two_forward_two_of_kernels_one_of_features = 5
+    assert products_and_sums() == (two_forward_two_of_kernels_one_of_features, 1)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    products, sums = products_and_sums()
+    assert products == two_forward_two_of_kernels_one_of_features and sums > 1
 
 
 def test_many_are_kept_last_in_memory():
