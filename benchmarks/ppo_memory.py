@@ -88,8 +88,10 @@ def cost(env: str, num_envs: int, rounds: int) -> dict[str, Any]:
         form: Program(env, num_envs, "ppo", **changes)
         for form, changes in FORMS.items()
     }
+    count = programs["stored"].count
+    programs["replayed"].count = count
     seconds = timing.time_in_turns(programs, rounds)
-    steps = programs["stored"].count * num_envs * NUM_STEPS
+    steps = count * num_envs * NUM_STEPS
     row = {
         "env": env,
         "num_envs": num_envs,

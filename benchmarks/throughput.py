@@ -5,15 +5,15 @@
     python benchmarks/throughput.py --quick     PPO and REINFORCE on CartPole
     python benchmarks/throughput.py --add ...   in pieces: stored places stay
 
-Timed is `advance`, what `jaxpg train` runs between two visits of the host: collecting,
-the update with the algorithm's default settings (PPO: 4 epochs of 4 minibatches over
-128 steps each), statistics. Policies are fresh, held there by a vanishing step size
-where there is one; REINFORCE has no baseline, so that no gradient is skipped. Only real
-decisions count: whole episodes of fresh policies are short and end at different times,
-and `ceilings.py` has the trained ones. Compile time is that of the same program,
-tracing included, without a cache; working memory is what XLA asks for beside the state.
-The ceiling is the environment alone, with random actions, in the same process; all
-programs of one size are timed in turns.
+Timed is `advance`, what `jaxpg train` runs between two visits of the host, a second or
+so of updates: collecting, the update with the algorithm's default settings (PPO: 4
+epochs of 4 minibatches over 128 steps each), statistics. Policies are fresh, held there
+by a vanishing step size where there is one; REINFORCE has no baseline, so that no
+gradient is skipped. Only real decisions count: whole episodes of fresh policies are
+short and end at different times, and `ceilings.py` has the trained ones. Compile time
+is that of the same program, tracing included, without a cache; working memory is what
+XLA asks for beside the state. The ceiling is the environment alone, with random
+actions, in the same process; all programs of one size are timed in turns.
 """
 
 import argparse
@@ -31,8 +31,8 @@ import timing
 
 from jaxpg.algos.registry import RECIPES
 from jaxpg.train.config import PolicyConfig, TrainConfig
-from jaxpg.train.program import MAX_UPDATES_PER_CALL
 from jaxpg.train.run import Run, create_run, initial_state
+from jaxpg.train.visits import next_pace
 
 NAMES = list(RECIPES)
 WORLDS = ["CartPole-v1", "Acrobot-v1", "Pendulum-v1"]
@@ -152,8 +152,6 @@ class Program:
     """One algorithm's compiled program; calling it makes some updates."""
 
     def __init__(self, env: str, num_envs: int, name: str, **changes: Any) -> None:
-        # Long enough to be timed, as the visits of a run are.
-        self.count = max(1, min(MAX_UPDATES_PER_CALL, 2**17 // (num_envs * NUM_STEPS)))
         self.run = make_run(env, num_envs, name, **changes)
         self.state = initial_state(self.run)
         began = time.perf_counter()
@@ -162,6 +160,20 @@ class Program:
         self.compile_seconds = time.perf_counter() - began
         self.working_bytes = self.advance.memory_analysis().temp_size_in_bytes
         self.steps: list[int] = []
+        self.count = 1
+        self.find_pace()
+
+    def find_pace(self) -> None:
+        """As many updates to a call as a run makes between two visits of the host.
+
+        The first update of a call waits for fresh memory: calls of a single one are
+        up to half as fast, with a large batch.
+        """
+        before = 0
+        while before < self.count:
+            before, began = self.count, time.perf_counter()
+            jax.block_until_ready(self())
+            self.count = next_pace(before, time.perf_counter() - began)
 
     def __call__(self) -> Any:
         self.state, metrics = self.advance(self.state, np.int32(self.count))

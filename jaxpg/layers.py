@@ -22,10 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from jaxpg._batching import rows_are_vmapped
 from jaxpg._checks import check_choice, check_positive
 from jaxpg.types import Params, PRNGKey, PyTree
 
@@ -35,10 +33,10 @@ if TYPE_CHECKING:
 __all__ = [
     "ACTIVATIONS",
     "cnn",
+    "flat",
     "gru",
     "mlp",
     "patches",
-    "perceive_many",
     "split_module",
 ]
 
@@ -48,10 +46,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": jax.nn.gelu,
     "silu": jax.nn.silu,
 }
-
-
-FEW = 64
-"""Inputs of a perceptron from which on it pays to have them last in memory."""
 
 
 def mlp(
@@ -87,83 +81,6 @@ def mlp(
 
     torso, width = _torso((num_inputs,), (), 1, hidden, activation, rngs)
     return nnx.Sequential(*torso, _linear(width, num_outputs, output_scale, rngs))
-
-
-def perceive_many(
-    perceptron: "nnx.Module", inputs: Float[Array, "N F"]
-) -> Float[Array, "N K"]:
-    """perceptron(inputs), computed with the N inputs last in memory.
-
-    From layer to layer activations stay [features, N]. On CPUs that leaves out the
-    transpositions that the gradient of a kernel [F, K] needs otherwise, and the
-    gradients of a layer's kernel and bias are one product.
-
-    Args:
-        perceptron: from `mlp`.
-        inputs: many rows of features; a few are left as they are, and so are those of
-            rows side by side, where products of many rows cost more this way.
-
-    Returns:
-        What the perceptron says of each.
-
-    >>> from flax import nnx
-    >>> perceptron = mlp(2, (3,), 1, rngs=nnx.Rngs(0), output_scale=1.0)
-    >>> inputs = jnp.linspace(-1.0, 1.0, 128).reshape(64, 2)
-    >>> bool(jnp.allclose(perceive_many(perceptron, inputs), perceptron(inputs)))
-    True
-    """
-    from flax import nnx
-
-    if len(inputs) < FEW or rows_are_vmapped():
-        return perceptron(inputs)
-    affine = _affine_in_one if jax.default_backend() == "cpu" else _affine
-    features = inputs.T
-    for layer in perceptron.layers:
-        if isinstance(layer, nnx.Linear):
-            features = affine(layer.kernel[...], layer.bias[...], features)
-        else:
-            features = layer(features)
-    return features.T
-
-
-def _affine(
-    kernel: Float[Array, "F K"], bias: Float[Array, "K"], features: Float[Array, "F N"]
-) -> Float[Array, "K N"]:
-    """kernel^T features + bias."""
-    return kernel.T @ features + bias[:, None]
-
-
-_affine_in_one = jax.custom_jvp(_affine)
-"""`_affine`, whose gradients of kernel and bias are one product.
-
-The tangent sees the bias as one more row of the kernel, over features that are always
-1. XLA's CPU compiler adds up the gradient of a bias number by number, and multiplies
-that of a first layer's few features so too; with one row more both are a product that
-runs at the machine's rate.
-"""
-
-
-def _affine_tangent(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    kernel, bias, features = primals
-    kernel_dot, bias_dot, features_dot = tangents
-    out = _affine_in_one(kernel, bias, features)
-    out_dot = jnp.zeros_like(out)
-    if not (_never_moves(kernel_dot) and _never_moves(bias_dot)):
-        kernel_dot = jnp.zeros_like(kernel) if _never_moves(kernel_dot) else kernel_dot
-        bias_dot = jnp.zeros_like(bias) if _never_moves(bias_dot) else bias_dot
-        ones = jnp.ones((1, features.shape[1]), features.dtype)
-        both = jnp.concatenate([kernel_dot, bias_dot.reshape(1, -1)])
-        out_dot += both.T @ jnp.concatenate([features, ones])
-    if not _never_moves(features_dot):
-        out_dot += kernel.T @ features_dot
-    return out, out_dot
-
-
-def _never_moves(tangent: Any) -> bool:
-    return isinstance(tangent, SymbolicZero)
-
-
-_affine_in_one.defjvp(_affine_tangent, symbolic_zeros=True)
 
 
 def cnn(
@@ -274,6 +191,15 @@ def patches(
     return jnp.concatenate(shifted, axis=-1)
 
 
+def flat(images: Float[Array, "*B H W C"]) -> Float[Array, "*B F"]:
+    """Each image as one row of features.
+
+    >>> flat(jnp.zeros((5, 2, 3, 4))).shape
+    (5, 24)
+    """
+    return images.reshape(*images.shape[:-3], -1)
+
+
 def split_module(
     make_module: Callable[[Any], Any],
 ) -> tuple[Callable[[PRNGKey, PyTree], Params], Callable[[Params], Any]]:
@@ -369,7 +295,7 @@ def _convolutions(
         layers += [_linear(kernel**2 * num_in, num_out, 1.0, rngs)]
         layers += [ACTIVATIONS[activation]]
         num_in = num_out
-    layers += [lambda x: jnp.reshape(x, (*x.shape[:-3], -1))]
+    layers += [flat]
     return layers, (height - lost) * (width - lost) * num_in
 
 

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float
 
 from jaxpg._checks import check_positive
 from jaxpg.envs.base import Box, Discrete, Masked, MultiDiscrete, Space
-from jaxpg.layers import ACTIVATIONS, cnn, gru, mlp, perceive_many, split_module
+from jaxpg.layers import ACTIVATIONS, cnn, gru, mlp, split_module
+from jaxpg.layout import perceive_many
 from jaxpg.types import Params, PRNGKey, PyTree
 
 __all__ = [
@@ -133,7 +134,7 @@ def mlp_network(
             output_scale=output_scale,
         )
 
-    return _feedforward_module(make, encode, perceive_many)
+    return _feedforward_module(make, encode)
 
 
 def cnn_network(
@@ -316,15 +317,13 @@ def _image(space: Space) -> tuple[Callable[[PyTree], Array], tuple[int, int, int
 
 
 def _feedforward_module(
-    make_module: Callable[[Any], Any],
-    encode: Callable[[PyTree], Array],
-    on_many: Callable[[Any, Array], Array] = lambda module, inputs: module(inputs),
+    make_module: Callable[[Any], Any], encode: Callable[[PyTree], Array]
 ) -> Network:
     init, bind = split_module(make_module)
     return feedforward(
         init,
         lambda params, obs: bind(params)(encode(obs)),
-        lambda params, obs: on_many(bind(params), jax.vmap(encode)(obs)),
+        lambda params, obs: perceive_many(bind(params), jax.vmap(encode)(obs)),
     )
 
 

@@ -32,6 +32,7 @@ LAYERS = {
         "heads.gaussian",
         "heads",
         "layers",
+        "layout",
         "networks",
         "returns",
         "importance",

@@ -10,15 +10,8 @@ from flax import nnx
 
 from jaxpg._batching import vmap_rows
 from jaxpg.envs import Box, Discrete, Masked, MaskedObs, MultiBinary, MultiDiscrete
-from jaxpg.layers import (
-    FEW,
-    _affine,
-    _affine_in_one,
-    gru,
-    mlp,
-    patches,
-    perceive_many,
-)
+from jaxpg.layers import cnn, gru, mlp, patches
+from jaxpg.layout import FEW, _affine, _affine_in_one, perceive_many
 from jaxpg.networks import (
     cnn_network,
     feedforward,
@@ -119,11 +112,18 @@ def test_batches_equal_rows(case):
         np.testing.assert_allclose(together[i], alone, rtol=1e-5, atol=1e-6)
 
 
+PERCEPTRONS = {
+    "mlp": ((3,), lambda **how: mlp(3, (5, 4), 2, **how)),
+    "cnn": ((6, 5, 3), lambda **how: cnn((6, 5, 3), (4, 2), 2, (5,), 2, **how)),
+}
+
+
+@pytest.mark.parametrize("kind", PERCEPTRONS)
 @pytest.mark.parametrize("count", [FEW - 1, FEW, 3 * FEW])
-@pytest.mark.thinned(2)
-def test_a_perceptron_says_the_same_of_many(count, float64):
-    graph, params = nnx.split(mlp(3, (5, 4), 2, rngs=nnx.Rngs(0), output_scale=1.0))
-    inputs = jax.random.normal(jax.random.key(1), (count, 3))
+def test_a_perceptron_says_the_same_of_many(count, kind, float64):
+    shape, make = PERCEPTRONS[kind]
+    graph, params = nnx.split(make(rngs=nnx.Rngs(0), output_scale=1.0))
+    inputs = jax.random.normal(jax.random.key(1), (count, *shape))
     weights = jax.random.normal(jax.random.key(2), (count, 2))
 
     def weighed(params, way):
@@ -195,6 +195,18 @@ def test_many_are_kept_last_in_memory():
         jax.make_jaxpr(lambda x: perceive_many(perceptron, x))(jnp.ones((FEW, 3)))
     )
     assert f"f32[5,{FEW}] = tanh" in text and f"[{FEW},5]" not in text
+
+
+def test_images_are_kept_with_the_inputs_last_on_cpus(monkeypatch):
+    perceptron = cnn((4, 5, 3), (2,), 2, (), 6, rngs=nnx.Rngs(0))
+
+    def program():
+        way = jax.make_jaxpr(lambda x: perceive_many(perceptron, x))
+        return str(way(jnp.ones((FEW, 4, 5, 3))))
+
+    assert f"f32[2,3,4,{FEW}]" in program()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert f"f32[2,3,4,{FEW}]" not in program()
 
 
 def test_rows_side_by_side_are_not_turned_over():
