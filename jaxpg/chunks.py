@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
-from jaxpg._batching import anybody, anywhere
-from jaxpg._checks import check_positive
+from jaxpg._batching import anywhere
+from jaxpg.grids import Part, cutter, grid_of, plan, visit_first
 from jaxpg.types import PyTree
 
 __all__ = [
@@ -31,15 +31,6 @@ __all__ = [
     "map_plainly",
     "sum_over_chunks",
 ]
-
-PIECE = 16
-"""Consecutive decisions of one row in a chunk, where rows may be cut: few, so that the
-empty tails of packed rows fall into chunks of their own, and are skipped."""
-
-
-TOGETHER = 32
-"""Chunks that are skipped together, where they are many."""
-
 
 ChunkSize = int | Literal["auto"] | None
 """Decisions that are worked on together: so many, as suits the device, or all."""
@@ -138,12 +129,12 @@ def sum_over_chunks(
     """
     if chunks.cut_rows:
         fn = _on_one_row(fn)
-    grid = _grid(active, chunks)
-    if grid is None:
+    size = chunks.number
+    if size is None:
         return fn(shared, rows)
     sums = [
-        _sum_over_grid(fn, shared, rows, active, *part)
-        for parts in grid
+        _sum_over_part(lambda chunk: fn(shared, chunk), rows, active, part)
+        for parts in grid_of(active.shape, size, cut_rows=chunks.cut_rows)
         for part in parts
     ]
     return jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *sums)
@@ -179,14 +170,15 @@ def map_over_chunks(
     """
     if chunks.cut_rows:
         fn = _of_one_row(fn)
-    grid = _grid(active, chunks)
-    if grid is None:
+    size = chunks.number
+    if size is None:
         return fn(shared, rows)
-    by_rows = [
-        _beside([_map_over_grid(fn, shared, rows, active, *part) for part in parts], 1)
-        for parts in grid
-    ]
-    return _beside(by_rows, 0)
+
+    def of_part(part: Part) -> Any:
+        return _map_over_part(lambda chunk: fn(shared, chunk), rows, active, part)
+
+    grid = grid_of(active.shape, size, cut_rows=chunks.cut_rows)
+    return _beside([_beside([of_part(x) for x in parts], 1) for parts in grid], 0)
 
 
 def _beside(parts: list[Any], axis: int) -> Any:
@@ -219,165 +211,26 @@ def _of_one_row(fn: Callable[[Any, PyTree], Any]) -> Callable[[Any, PyTree], Any
     return of_one_row
 
 
-Plan = tuple[Callable[[Array, Array], Array], Array, Array]
-"""`cut(x, index)`, the chunks' indices in order, and how many of them are needed."""
-
-
-class Blocks(NamedTuple):
-    """`number` blocks of `size` indices each, the first from `start` on."""
-
-    start: int
-    size: int
-    number: int
-
-
-def _blocks(whole: int, size: int) -> list[Blocks]:
-    """Cut range(whole) into equal blocks, and a smaller one for the rest."""
-    count, rest = divmod(whole, size)
-    blocks = [Blocks(0, size, count)]
-    return blocks if rest == 0 else [*blocks, Blocks(count * size, rest, 1)]
-
-
-def _grid(active: Array, chunks: Chunks) -> list[list[tuple[Blocks, Blocks]]] | None:
-    """Blocks of rows, each with all blocks of steps; None where nothing is cut."""
-    size = chunks.number
-    if size is None:
-        return None
-    check_positive("chunk size", size)
-    num_rows, length = active.shape
-    num_steps = min(PIECE, size, length) if chunks.cut_rows else length
-    per_chunk = min(max(1, size // num_steps), num_rows)
-    return [
-        [(some_rows, some_steps) for some_steps in _blocks(length, num_steps)]
-        for some_rows in _blocks(num_rows, per_chunk)
-    ]
-
-
-def _sum_over_grid(
-    fn: Callable[[Any, PyTree], Any],
-    shared: Any,
-    rows: PyTree,
-    active: Bool[Array, "B T"],
-    some_rows: Blocks,
-    some_steps: Blocks,
+def _sum_over_part(
+    fn: Callable[[PyTree], Any], rows: PyTree, active: Bool[Array, "B T"], part: Part
 ) -> Any:
-    """Sum over a grid of equal chunks, each cut out only when its turn comes."""
-    plan = _plan_of_pieces if some_steps.number > 1 else _plan_of_blocks
-    cut, order, count = plan(active, some_rows, some_steps)
-
-    def of_chunk(index: Array) -> Any:
-        return fn(shared, jax.tree.map(lambda x: cut(x, index), rows))
+    """Sum over equal chunks, each cut out only when its turn comes."""
+    cut, order, count = plan(active, part)
+    of_chunk = _of_cut(fn, rows, cut)
 
     def add(total: Any, index: Array) -> Any:
         return jax.tree.map(jnp.add, total, of_chunk(index))
 
     zeros = optax.tree.zeros_like(jax.eval_shape(of_chunk, order[0]))
-    return _visit_first(add, zeros, order, count)
+    return visit_first(add, zeros, order, count)
 
 
-def _plan_of_blocks(
-    active: Bool[Array, "B T"], some_rows: Blocks, some_steps: Blocks
-) -> Plan:
-    """Chunks of neighbouring rows, in one block of steps, those with anything first."""
-    needed = anybody(jnp.any(_by_piece(active, some_rows, some_steps), axis=(1, 2)))
-    return _cutter(some_rows, some_steps, active.shape[1]), *_first(needed)
-
-
-def _plan_of_pieces(
-    active: Bool[Array, "B T"], some_rows: Blocks, some_steps: Blocks
-) -> Plan:
-    """Chunks of any pieces of any rows, those with anything active first.
-
-    Rows of unlike lengths, side by side, leave chunks of neighbours mostly empty.
-    """
-    needed = anybody(_by_piece(active, some_rows, some_steps).reshape(-1))
-    order, num_needed = _first(needed)
-    per_chunk, size = some_rows.size, some_steps.size
-
-    def cut(x: Array, index: Array) -> Array:
-        some = jax.lax.dynamic_slice_in_dim(order, index * per_chunk, per_chunk)
-        row, piece = jnp.divmod(some, some_steps.number)
-        row, first = some_rows.start + row, some_steps.start + piece * size
-        steps = first[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
-        return x[row[:, None], steps]
-
-    number = some_rows.number * some_steps.number
-    return cut, jnp.arange(number, dtype=jnp.int32), -(-num_needed // per_chunk)
-
-
-def _first(needed: Bool[Array, "n"]) -> tuple[Int[Array, "n"], Int[Array, ""]]:
-    """Indices of what is needed, in order, before all others; and how many those are.
-
-    `argsort(~needed)` in the time of a running sum: a sort of a quarter of a million
-    pieces would take a tenth of an update.
-    """
-    index = jnp.arange(needed.shape[0], dtype=jnp.int32)
-    num_so_far = jnp.cumsum(needed, dtype=jnp.int32)
-    place = jnp.where(needed, num_so_far - 1, num_so_far[-1] + index - num_so_far)
-    order = (
-        jnp.zeros_like(index)
-        .at[place]
-        .set(index, mode="promise_in_bounds", unique_indices=True)
-    )
-    return order, num_so_far[-1]
-
-
-def _by_piece(
-    active: Bool[Array, "B T"], some_rows: Blocks, some_steps: Blocks
-) -> Bool[Array, "R r W"]:
-    """Whether anything is active: blocks of rows, rows of a block, blocks of steps."""
-    active = active[some_rows.start :][: some_rows.number * some_rows.size]
-    last = some_steps.start + some_steps.number * some_steps.size
-    active = active[:, some_steps.start : last]
-    shape = some_rows.number, some_rows.size, some_steps.number, some_steps.size
-    return jnp.any(active.reshape(shape), axis=3)
-
-
-def _visit_first(
-    add: Callable[[Any, Array], Any], total: Any, order: Array, count: Array
+def _map_over_part(
+    fn: Callable[[PyTree], Any], rows: PyTree, active: Bool[Array, "B T"], part: Part
 ) -> Any:
-    """`add` the first `count` indices, in order; the others are skipped together.
-
-    To ask of every index whether it is needed costs more than the work, where rows are
-    mostly empty. A `while_loop` over the needed ones would have no reverse derivative.
-    """
-    number = order.shape[0]
-
-    def visit(total: Any, some: tuple[Array, Array]) -> tuple[Any, None]:
-        index, needed = some
-        return jax.lax.cond(needed, lambda: add(total, index), lambda: total), None
-
-    def one_by_one(total: Any, some: tuple[Array, Array]) -> Any:
-        return jax.lax.scan(visit, total, some)[0]
-
-    if number <= 2 * TOGETHER:
-        return one_by_one(total, (order, jnp.arange(number, dtype=jnp.int32) < count))
-    blocks = -(-number // TOGETHER)
-    order = jnp.pad(order, (0, blocks * TOGETHER - number)).reshape(blocks, TOGETHER)
-    needed = (jnp.arange(blocks * TOGETHER, dtype=jnp.int32) < count).reshape(
-        blocks, TOGETHER
-    )
-
-    def of_block(total: Any, some: tuple[Array, Array]) -> tuple[Any, None]:
-        begun = some[1][0]
-        return jax.lax.cond(begun, lambda: one_by_one(total, some), lambda: total), None
-
-    return jax.lax.scan(of_block, total, (order, needed))[0]
-
-
-def _map_over_grid(
-    fn: Callable[[Any, PyTree], Any],
-    shared: Any,
-    rows: PyTree,
-    active: Bool[Array, "B T"],
-    some_rows: Blocks,
-    some_steps: Blocks,
-) -> Any:
-    """`fn` of each chunk of a grid, its numbers where the grid has its decisions."""
-    cut = _cutter(some_rows, some_steps, active.shape[1])
-
-    def of_chunk(index: Array) -> Any:
-        return fn(shared, jax.tree.map(lambda x: cut(x, index), rows))
+    """`fn` of each chunk, its numbers where the part has its decisions."""
+    cut = cutter(part, active.shape[1])
+    of_chunk = _of_cut(fn, rows, cut)
 
     def visit(_: None, index: Array) -> tuple[None, Any]:
         zeros = optax.tree.zeros_like(jax.eval_shape(of_chunk, index))
@@ -385,26 +238,17 @@ def _map_over_grid(
         return None, jax.lax.cond(needed, lambda: of_chunk(index), lambda: zeros)
 
     def spread(x: Array) -> Array:
-        x = x.reshape(some_steps.number, some_rows.number, *x.shape[1:])
+        x = x.reshape(part.steps.number, part.rows.number, *x.shape[1:])
         x = jnp.transpose(x, (1, 2, 0, 3))
-        return x.reshape(some_rows.number * some_rows.size, -1)
+        return x.reshape(part.rows.number * part.rows.size, -1)
 
-    indices = jnp.arange(some_rows.number * some_steps.number, dtype=jnp.int32)
-    return jax.tree.map(spread, jax.lax.scan(visit, None, indices)[1])
+    number = part.rows.number * part.steps.number
+    _, found = jax.lax.scan(visit, None, jnp.arange(number, dtype=jnp.int32))
+    return jax.tree.map(spread, found)
 
 
-def _cutter(
-    some_rows: Blocks, some_steps: Blocks, length: int
-) -> Callable[[Array, Array], Array]:
-    """`cut(x, index)`: a chunk of [B, T, ...]; the rows' place runs fastest."""
-
-    def cut(x: Array, index: Array) -> Array:
-        later, place = jnp.divmod(index, some_rows.number)
-        first = some_rows.start + place * some_rows.size
-        x = jax.lax.dynamic_slice_in_dim(x, first, some_rows.size)
-        if some_steps.size == length:
-            return x  # whole rows: a leaf need not have T
-        first = some_steps.start + later * some_steps.size
-        return jax.lax.dynamic_slice_in_dim(x, first, some_steps.size, axis=1)
-
-    return cut
+def _of_cut(
+    fn: Callable[[PyTree], Any], rows: PyTree, cut: Callable[[Array, Array], Array]
+) -> Callable[[Array], Any]:
+    """`fn` of the chunk with a number."""
+    return lambda index: fn(jax.tree.map(lambda x: cut(x, index), rows))

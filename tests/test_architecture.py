@@ -40,6 +40,7 @@ LAYERS = {
         "advantages",
         "credit",
         "leave_out",
+        "grids",
         "chunks",
         "gradients",
         "eligibility",

@@ -9,17 +9,11 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxpg._batching import rows_are_vmapped
-from jaxpg.chunks import (
-    PIECE,
-    TOGETHER,
-    Chunks,
-    _first,
-    map_over_chunks,
-    sum_over_chunks,
-)
+from jaxpg.chunks import Chunks, map_over_chunks, sum_over_chunks
 from jaxpg.distributions import Categorical
 from jaxpg.envs import Box, Discrete
 from jaxpg.gradients import score_gradient, trajectory_gradients
+from jaxpg.grids import PIECE, TOGETHER, needed_first
 from jaxpg.policies import log_prob_fn, mlp_policy
 from jaxpg.types import Trajectory
 
@@ -423,7 +417,7 @@ def test_over_seeds_by_vmap_it_equals_separate_calls():
 def test_over_seeds_by_vmap_skipping_stays_a_branch(monkeypatch):
     gradient, arguments = over_seeds()
     ours = program(jax.vmap(gradient), *arguments)
-    monkeypatch.setattr("jaxpg.chunks.anybody", lambda flags: flags)
+    monkeypatch.setattr("jaxpg.grids.anybody", lambda flags: flags)
     usual = program(jax.vmap(gradient), *arguments)
     assert ".case" in ours and ".case" not in usual
 
@@ -534,7 +528,7 @@ def test_chunks_that_nobody_needs_are_skipped_together(length, share):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_what_is_needed_comes_first_and_in_order(share):
     needed = jax.random.uniform(jax.random.key(0), (1000,)) < share
-    order, count = jax.jit(_first)(needed)
+    order, count = jax.jit(needed_first)(needed)
     assert order.tolist() == jnp.argsort(~needed).tolist()
     assert count == jnp.sum(needed)
 
