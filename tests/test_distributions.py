@@ -587,7 +587,7 @@ def test_dtypes_are_kept(kind, dtype, float64):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_passes_through_jit_vmap_and_scan(kind):
     policy, keys = make(kind, 0, (4,)), jax.random.split(jax.random.key(0), 4)
     if kind == "tanh":

@@ -225,7 +225,7 @@ def both_forms():
 
 
 @pytest.mark.parametrize("index", range(len(REPRESENTATIVE)))
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 def test_the_mean_of_the_terms_is_the_gradient(index, float64):
     terms, gradient = both_forms()[index]
     assert {x.shape[0] for x in jax.tree.leaves(terms)} == {NUMBER}

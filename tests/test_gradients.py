@@ -505,6 +505,7 @@ def test_the_size_that_suits_the_device(monkeypatch):
 
 @pytest.mark.parametrize("length", [TOGETHER - 5, 2 * TOGETHER + 5, 5 * TOGETHER])
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+@pytest.mark.thinned(4)
 def test_chunks_that_nobody_needs_are_skipped_together(length, share):
     """Many chunks: summed are those with anything active, each once."""
     active = jax.random.uniform(jax.random.key(length), (2, length)) < share

@@ -138,7 +138,7 @@ def test_a_perceptron_says_the_same_of_many(count, kind, float64):
         np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
+@pytest.mark.parametrize("moving", [(0,), (2,), (0, 1, 2)])
 def test_kernel_and_bias_in_one_derive_as_they_do_apart(moving, float64):
     """Forward, backward and twice, with respect to some and to all."""
     shapes = (3, 5), (5,), (3, 7)

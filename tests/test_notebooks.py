@@ -109,7 +109,7 @@ def test_what_it_takes_from_the_library_exists(source):
 
 
 @EACH
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 def test_the_quick_form_runs_and_shows_labelled_figures(source, monkeypatch):
     shown = []
 

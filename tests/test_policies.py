@@ -213,7 +213,7 @@ def decide(policy, params, obs, key):
     return action, distribution.log_prob(action), distribution
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_one_decision(case):
     door, policy, params, obs = case
     first = jax.tree.map(lambda x: x[0], obs)
@@ -286,6 +286,7 @@ def test_batches_of_rows_are_unrolled_as_rows(case):
     np.testing.assert_allclose(together, jnp.stack(alone), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thinned(4)
 def test_policies_say_whether_they_remember(case):
     door, policy, params, obs = case
     first = jax.tree.map(lambda x: x[0], obs)

@@ -123,6 +123,7 @@ def test_an_update_is_the_stored_batches(name, how, float64):
         )
 
 
+@pytest.mark.exhaustive
 def test_memory_is_that_of_the_rows_played_together():
     def working(num_envs, replay_envs):
         updates = collector({}, replay_envs=replay_envs, num_envs=num_envs)
@@ -137,6 +138,7 @@ def test_memory_is_that_of_the_rows_played_together():
     assert working(1024, None) > few + batch
 
 
+@pytest.mark.exhaustive
 def test_numbers_that_are_none_are_counted_as_in_the_stored_form():
     def step(key, state, action):
         after, output = ENV.step(key, state, action)

@@ -155,6 +155,7 @@ def early_moves(monkeypatch):
 
 
 @pytest.mark.parametrize("num_slots", [2, 5, N])
+@pytest.mark.thinned(3)
 def test_the_last_few_are_moved_and_nothing_is_lost(
     one_per_row, early_moves, num_slots
 ):

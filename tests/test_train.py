@@ -157,6 +157,7 @@ def test_evaluation_of_each_seed(finished):
         assert row["episodes"] == 7 and row["mean"] == 1.0 and row["mean_length"] == 2
 
 
+@pytest.mark.exhaustive
 def test_one_evaluation_episode_has_no_standard_error(tmp_path):
     result = train(tiny(tmp_path, num_updates=1, eval_episodes=1), show=False)
     (row,) = json.loads((result.folder / "evaluation.json").read_text())
@@ -295,6 +296,7 @@ def test_bad_settings_of_networks(changes, message, monkeypatch):
 # --- seeds side by side
 
 
+@pytest.mark.exhaustive
 def test_seeds_side_by_side_equal_single_runs(tmp_path):
     together = train(tiny(tmp_path, seed=5, num_seeds=3, name="all"), show=False)
     rows = read_rows(together.folder)

@@ -97,6 +97,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("world", "row"), CASES)
+@pytest.mark.thinned(2)
 def test_mean_is_what_the_row_claims(world, row):
     verdict, batch_size = verdicts(world)[row], WORLDS[world][1]
     size = np.linalg.norm(verdict.exact)
