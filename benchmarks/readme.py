@@ -71,8 +71,9 @@ def peers() -> str:
 
 
 def peers_days() -> str:
-    """How far ahead on two days, with the code of each."""
-    days = [timing.load(name) for name in ("peers-cpu-2026-11-24", "peers-cpu")]
+    """How far ahead on three days, with the code of each."""
+    names = ("peers-cpu-2026-11-24", "peers-cpu-2026-11-28", "peers-cpu")
+    days = [timing.load(name) for name in names]
     libraries = ("PureJaxRL", "Stoix", "rejax")
     heads = [f"{name}, {day['date'][:10]}" for name in libraries for day in days]
     lines = [f"| work | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
