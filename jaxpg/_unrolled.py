@@ -8,7 +8,8 @@ tell.
 
     key = unrolled(key)                      # here it derives keys and draws faster
     key_action, key_step = jax.random.split(jax.random.fold_in(key, time))
-    env.step(plain(key_step), ...)           # others get the keys that they know
+    keep(plain(key))                         # what stays gets the key that JAX knows
+    with_unrolled(env.step, key_step, ...)   # others draw faster where they can
 
 What is not a Threefry key as JAX makes them today, or not on CPU, stays as it is.
 
@@ -17,6 +18,7 @@ Reference: Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,9 +27,9 @@ import numpy as np
 from jax.extend.random import define_prng_impl, threefry_prng_impl
 from jaxtyping import Array, UInt32
 
-from jaxpg.types import PRNGKey
+from jaxpg.types import PRNGKey, PyTree
 
-__all__ = ["plain", "unrolled"]
+__all__ = ["plain", "unrolled", "with_unrolled"]
 
 NAME = "threefry2x32"
 ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
@@ -69,6 +71,33 @@ def plain(key: PRNGKey) -> PRNGKey:
     if jax.random.key_impl(key) != UNROLLED:
         return key
     return jax.random.wrap_key_data(jax.random.key_data(key), impl=NAME)
+
+
+def with_unrolled(fn: Callable[..., PyTree], key: PRNGKey, *args: PyTree) -> PyTree:
+    """`fn(key, *args)`, with an unrolled key where `fn` can work with one.
+
+    Args:
+        fn: code of others, which may mix the key with keys of its own, draw what JAX
+            draws with its own kind alone (Poisson numbers), or keep it.
+        key: a typed key.
+        *args: what else it is given.
+
+    Returns:
+        What `fn` gives; keys in it are plain.
+
+    >>> key = jax.random.key(3)
+    >>> int(with_unrolled(jax.random.poisson, key, 4.0) == jax.random.poisson(key, 4.0))
+    1
+    """
+    try:
+        found = fn(unrolled(key), *args)
+    except (NotImplementedError, TypeError, ValueError):
+        return fn(key, *args)
+    return jax.tree.map(lambda x: plain(x) if _is_key(x) else x, found)
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
 
 
 def _encrypt(key: UInt32[Array, "2"], counters: Words) -> Words:

@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, Bool
 
 from jaxpg._batching import anywhere
+from jaxpg._tracing import traced_once
 from jaxpg.grids import Part, cutter, grid_of, plan, visit_first
 from jaxpg.types import PyTree
 
@@ -251,4 +252,4 @@ def _of_cut(
     fn: Callable[[PyTree], Any], rows: PyTree, cut: Callable[[Array, Array], Array]
 ) -> Callable[[Array], Any]:
     """`fn` of the chunk with a number."""
-    return lambda index: fn(jax.tree.map(lambda x: cut(x, index), rows))
+    return traced_once(lambda index: fn(jax.tree.map(lambda x: cut(x, index), rows)))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxpg._batching import anybody
 from jaxpg._checks import check_positive
+from jaxpg._tracing import traced_once
 
 __all__ = [
     "PIECE",
@@ -182,6 +183,7 @@ def visit_first(
     mostly empty. A `while_loop` over the needed ones would have no reverse derivative.
     """
     number = order.shape[0]
+    add = traced_once(add)
 
     def visit(total: Any, some: tuple[Array, Array]) -> tuple[Any, None]:
         index, needed = some

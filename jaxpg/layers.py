@@ -224,8 +224,14 @@ def split_module(
         del obs  # an NNX module knows its input sizes when it is built
         return nnx.to_pure_dict(nnx.split(build(key))[1])
 
+    @functools.cache
+    def structure(dtype: Any) -> Any:
+        del dtype  # JAX's default float, by which the state may differ
+        return nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
+
     def bind(params: Params) -> Any:
-        graph, state = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
+        graph, state = structure(jax.numpy.result_type(float))
+        state = jax.tree.map(lambda x: x, state)  # the call below writes into it
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graph, state)
 

@@ -33,6 +33,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxpg._batching import anywhere
 from jaxpg._checks import check_positive
+from jaxpg._tracing import traced_once
 from jaxpg.envs.base import Environment
 from jaxpg.policies import Policy
 from jaxpg.slots import Slot, decide, few_of, restart_ended, select, start_slot
@@ -131,7 +132,9 @@ def rollout_episodes(
     num_slots = num_episodes if num_slots is None else num_slots
     capacity = _capacity(env, num_episodes, num_slots)
     restart = jax.vmap(lambda i: start_slot(env, policy, key, i, group_size))
-    decide_all = jax.vmap(lambda x: decide(env, policy, params, x, keep_next_obs))
+    decide_all = traced_once(
+        jax.vmap(lambda x: decide(env, policy, params, x, keep_next_obs))
+    )
 
     def take_next(loop: Loop, slots: Slot, ends: Array) -> Moved:
         return _next_episodes(restart, episode_ids, loop, slots, ends)

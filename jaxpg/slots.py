@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from jaxpg._batching import anywhere
-from jaxpg._unrolled import plain, unrolled
+from jaxpg._unrolled import plain, unrolled, with_unrolled
 from jaxpg.envs.base import Environment
 from jaxpg.policies import Policy
 from jaxpg.types import Params, PRNGKey, PyTree, StepOutput, Trajectory
@@ -79,7 +79,7 @@ def start_slot(
     key_episode, key_reset = _two_keys(key, episode_id)
     if group_size > 1:  # the reset of the group's first episode, for all of them
         _, key_reset = _two_keys(key, episode_id - episode_id % group_size)
-    env_state, obs = env.reset(key_reset)
+    env_state, obs = with_unrolled(env.reset, key_reset)
     time = jnp.zeros((), jnp.int32)
     return Slot(key_episode, env_state, obs, policy.initial_carry(), time, episode_id)
 
@@ -102,7 +102,9 @@ def decide(
     key_action, key_step = _decision_keys(slot, policy.noise_hold)
     distribution, carry = policy.step(params, slot.carry, slot.obs)
     action = distribution.sample(key_action)
-    env_state, output = env.step(key_step, slot.env_state, distribution.to_env(action))
+    env_state, output = with_unrolled(
+        env.step, key_step, slot.env_state, distribution.to_env(action)
+    )
     after = slot._replace(
         env_state=env_state, obs=output.obs, carry=carry, time=slot.time + 1
     )
@@ -172,19 +174,20 @@ def restart_ended(
 
     def of_few() -> PyTree:
         # Gathers alone: a scatter goes entry by entry on CPU, and leaf by leaf.
-        num_ended = jnp.cumsum(ends, dtype=jnp.int32)
+        so_far = jnp.cumsum(ends, dtype=jnp.int32)
         places = jnp.arange(1, few + 1, dtype=jnp.int32)
-        which = jnp.searchsorted(num_ended, places, method="scan_unrolled")
+        which = jnp.searchsorted(so_far, places, method="scan_unrolled")
         fresh = restart(ids[jnp.minimum(which, num_slots - 1)])
-        place = jnp.clip(num_ended - 1, 0, few - 1)
+        place = jnp.clip(so_far - 1, 0, few - 1)
         return select(ends, jax.tree.map(lambda x: x[place], fresh), slots)
 
     def of_those() -> PyTree:
         if few == 0:
             return of_all()
-        return jax.lax.cond(anywhere(jnp.sum(ends) > few), of_all, of_few)
+        return jax.lax.cond(anywhere(num_ended > few), of_all, of_few)
 
-    return jax.lax.cond(anywhere(ends), of_those, lambda: slots)
+    num_ended = jnp.sum(ends, dtype=jnp.int32)
+    return jax.lax.cond(anywhere(num_ended > 0), of_those, lambda: slots)
 
 
 def select(where: Bool[Array, "M"], new: PyTree, old: PyTree) -> PyTree:

@@ -27,6 +27,7 @@ import optax
 from jaxtyping import Array, Float, Int, UInt
 
 from jaxpg._checks import check_choice, check_divides, check_positive, check_rank
+from jaxpg._tracing import traced_once
 from jaxpg.baselines import Summary
 from jaxpg.chunks import Chunks
 from jaxpg.envs.base import Environment
@@ -230,6 +231,7 @@ def stream_summary(
     if not estimator.needs_batch:
         return ()
 
+    @traced_once
     def of_chunk(some: Array) -> Summary:
         return summarize_batch(estimator, params, source(params, key, some))
 

@@ -33,6 +33,7 @@ from jaxpg.baselines import Baseline
 from jaxpg.chunks import Chunks, SumOverRows, sum_over_chunks
 from jaxpg.credit import Credit, mean_credit
 from jaxpg.envs.base import Space
+from jaxpg.layers import split_module
 from jaxpg.linear_baselines import as_floats, explained_with_offset, squared_errors
 from jaxpg.networks import flat_features, mlp
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
@@ -118,23 +119,15 @@ def value_network_baseline(
 
     Reference: Sutton et al. 2000; Greensmith, Bartlett and Baxter 2004.
     """
-    from flax import nnx
-
     check_range("learning_rate", learning_rate, 0.0, open_low=True)
     encode, num_features = flat_features(observation_space)
 
-    def build(key: PRNGKey) -> Any:
-        rngs = nnx.Rngs(params=key)
-        return mlp(num_features, hidden, 1, rngs=rngs, activation=activation)
-
-    def init(key: PRNGKey, obs: PyTree) -> Params:
-        del obs  # an NNX module knows its input sizes when it is built
-        return nnx.to_pure_dict(nnx.split(build(key))[1])
+    init, bind = split_module(
+        lambda rngs: mlp(num_features, hidden, 1, rngs=rngs, activation=activation)
+    )
 
     def apply(params: Params, obs: PyTree) -> Array:
-        graph, state = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graph, state)(encode(obs))[0]
+        return bind(params)(encode(obs))[0]
 
     return from_value_function(
         init,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpg._unrolled import plain, unrolled
+from jaxpg._unrolled import plain, unrolled, with_unrolled
 from jaxpg.distributions import Categorical, DiagonalGaussian
 
 KEYS = [jax.random.key(0), jax.random.key(2**31 + 5)]
@@ -79,6 +79,42 @@ def test_policies_draw_with_it():
         DiagonalGaussian(jnp.zeros(2), jnp.zeros(2)),
     ):
         assert "while" not in jax.jit(made.sample).lower(KEYS[0]).as_text()
+
+
+def draw_and_keep(key):
+    """A world that draws, and keeps a key in its state."""
+    first, kept = jax.random.split(key)
+    return jax.random.uniform(first), kept
+
+
+def test_code_of_others_draws_without_a_loop_and_keeps_plain_keys():
+    drawn, kept = with_unrolled(draw_and_keep, KEYS[0])
+    expected, theirs = draw_and_keep(KEYS[0])
+    assert_same(drawn, expected)
+    assert jax.random.key_impl(kept) == jax.random.key_impl(theirs)
+    assert_same(bits(kept), bits(theirs))
+    inside = jax.jit(lambda key: with_unrolled(draw_and_keep, key))
+    assert "while" not in inside.lower(KEYS[0]).as_text()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda key: jax.random.poisson(key, 4.0),
+        lambda key: jax.random.key_data(jnp.where(jnp.asarray(True), key, KEYS[1])),
+    ],
+    ids=["only with JAX's own", "mixed with a plain one"],
+)
+def test_code_that_needs_jaxs_own_keys_gets_them(draw):
+    assert_same(with_unrolled(draw, KEYS[0]), draw(KEYS[0]))
+
+
+def test_errors_of_others_stay_theirs():
+    def broken(key):
+        raise TypeError("not about keys")
+
+    with pytest.raises(TypeError, match="not about keys"):
+        with_unrolled(broken, KEYS[0])
 
 
 @pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])

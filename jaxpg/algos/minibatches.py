@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxpg._checks import check_positive
+from jaxpg._unrolled import unrolled
 from jaxpg.algos.base import Task
 from jaxpg.chunks import MapRows, map_plainly
 from jaxpg.types import PRNGKey, PyTree
@@ -156,7 +157,7 @@ def shuffle_into_minibatches(
         num_blocks = jax.tree.leaves(blocked)[0].shape[1]
 
         def order(number: Array) -> Array:
-            group_key = jax.random.fold_in(key, number)
+            group_key = jax.random.fold_in(unrolled(key), number)
             return jax.random.permutation(group_key, num_blocks)
 
         orders = jax.vmap(order)(numbers)

@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from jaxpg._batching import anywhere
 from jaxpg._checks import check_positive, check_range
+from jaxpg._tracing import traced_once
 from jaxpg.algos.base import (
     Algorithm,
     Episodes,
@@ -209,6 +210,7 @@ def off_policy(
             ess = _ess_fraction(weights, rows.mask)
             going = going & (ess >= config.min_ess)
 
+            @traced_once
             def move() -> tuple:
                 return step(tuple(learned), rows, credit, state.baseline_state)
 

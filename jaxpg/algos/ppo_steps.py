@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array
 
 from jaxpg._batching import anywhere, over_rows
+from jaxpg._tracing import traced_once
 from jaxpg.algos.base import Info, Task, ascend
 from jaxpg.algos.measures import count_non_finite
 from jaxpg.algos.ppo_settings import PPOConfig
@@ -127,9 +128,12 @@ def make_step(
         state = jax.tree.map(lambda x, y: jnp.where(going, x, y), stepped, state)
         return (state, going), info | {"skipped": ~going}
 
-    return lambda carry, key, minibatch: _unless_stopped(
-        lambda carry: step(carry, key, minibatch), carry
-    )
+    def unless_stopped(carry: Any, key: PRNGKey, minibatch: PyTree) -> Any:
+        return _unless_stopped(
+            traced_once(lambda carry: step(carry, key, minibatch)), carry
+        )
+
+    return unless_stopped
 
 
 def sum_over_batch(config: PPOConfig, task: Task, shared: Any, batch: Batch) -> Any:

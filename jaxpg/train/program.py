@@ -9,12 +9,14 @@ shape, so the host may choose it freely: nothing compiles again, and no bit chan
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxpg._tracing import traced_once
 from jaxpg.algos.base import (
     Algorithm,
     Episodes,
@@ -131,13 +133,15 @@ def build_program(
         return of_member(index).update(state)
 
     indices = jnp.arange(config.num_members, dtype=jnp.int32)
-    all_members = over_members(update, config.num_members, config.members_at_once)
+    all_members = traced_once(
+        over_members(update, config.num_members, config.members_at_once)
+    )
 
     def advance(state: TrainState, count: Array) -> tuple[TrainState, Info]:
         def body(i: Array, carry: Any) -> Any:
             state, metrics = carry
             state, info = all_members((state, indices))
-            return state, jax.tree.map(lambda x, y: x.at[i].set(y), metrics, info)
+            return state, jax.tree.map(partial(_put, i), metrics, info)
 
         shapes = jax.eval_shape(all_members, (state, indices))[1]
         metrics = jax.tree.map(
@@ -145,7 +149,9 @@ def build_program(
         )
         return jax.lax.fori_loop(0, count, body, (state, metrics))
 
-    init_all = over_members(init, config.num_members, config.members_at_once)
+    init_all = traced_once(
+        over_members(init, config.num_members, config.members_at_once)
+    )
 
     def init_members(seeds: Array) -> TrainState:
         return init_all((seeds, indices))
@@ -160,6 +166,11 @@ def build_program(
             out_shardings=(state_shardings(shapes, placement), everywhere),
         ),
     )
+
+
+def _put(index: Array, rows: Array, row: Array) -> Array:
+    """Rows with one replaced, in place."""
+    return jax.lax.dynamic_update_index_in_dim(rows, row, index, 0)
 
 
 def state_shardings(state: TrainState, placement: Placement) -> PyTree:
