@@ -31,6 +31,11 @@ SECONDS_OF_A_CALL = 5.0
 """Of most libraries: the first update of a call waits for fresh memory."""
 
 
+METHODS = ("ppo", "one-step", "reinforce")
+"""PPO; one gradient step on segments, with a critic; and REINFORCE without one, on
+whole episodes. Stoix's ff_reinforce has a critic and segments, and is asked twice."""
+
+
 class Library(NamedTuple):
     """How a library is had.
 
@@ -53,7 +58,7 @@ JAX = f"jax=={jax.__version__}"
 OLD = ("jax==0.5.3", "flax==0.10.6", "gymnax==0.0.9", "stoa-env==0.1.2")
 LAUNCHED_BY = ("hydra-core", "omegaconf", "colorama", "rich")
 LIBRARIES = {
-    "jaxpg": Library("jaxpg_program.py"),
+    "jaxpg": Library("jaxpg_program.py", methods=METHODS),
     "PureJaxRL": Library(
         "purejaxrl_ppo.py",
         (JAX, "flax", "gymnax", "six", "distrax", "optax"),
@@ -63,6 +68,7 @@ LIBRARIES = {
         "stoix_systems.py",
         (*OLD, *"distrax==0.1.5 flashbax jumanji rlax".split(), *LAUNCHED_BY),
         "STOIX",
+        METHODS,
     ),
     "rejax": Library("rejax_ppo.py", (JAX, "rejax", "six"), methods=("ppo",)),
     "Stable-Baselines3": Library(
@@ -96,7 +102,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--libraries", nargs="+", default=list(LIBRARIES), choices=list(LIBRARIES))
-    add("--methods", nargs="+", default=["ppo", "one-step"])
+    add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     add("--num-envs", type=int, nargs="+", default=[4, 64, 2048])
     add("--env", default="CartPole-v1")
     add("--rounds", type=int, default=5)
@@ -214,6 +220,8 @@ def work_of(
 ) -> dict[str, Any]:
     """The work for one library; calls are long enough to be timed."""
     expected = {"Stable-Baselines3": 2e4 if num_envs > 4 else 2e3}.get(name, 1e5)
+    if (name, method) == ("jaxpg", "reinforce"):
+        expected = 5e5
     per_update = 128 * num_envs
     updates = max(1, round(SECONDS_OF_A_CALL * expected / per_update))
     if options.learn:

@@ -35,9 +35,36 @@ def test_shapes_and_loops_share_a_trace():
     assert len(calls) == 1
 
 
-def test_it_leaves_no_call_in_the_program():
-    jaxpr = jax.make_jaxpr(traced_once(jnp.sin))(1.0)
-    assert [str(equation.primitive) for equation in jaxpr.eqns] == ["sin"]
+def here(x):
+    return jnp.sin(x)
+
+
+def test_it_leaves_no_trace_of_its_own():
+    (equation,) = jax.make_jaxpr(traced_once(here))(1.0).eqns
+    assert str(equation.primitive) == "sin"
+    text = jax.jit(traced_once(here)).lower(1.0).as_text(debug_info=True)
+    assert f":{here.__code__.co_firstlineno + 1}:" in text
+
+
+def test_other_shapes_and_weak_types_have_traces_of_their_own():
+    fn, calls = counted(lambda x: 2.0 * x)
+    once = traced_once(fn)
+    for x in (1.0, jnp.float32(1.0), jnp.ones(2), jnp.ones(2), 1.0):
+        found, expected = jax.eval_shape(once, x), jax.eval_shape(here, x)
+        assert found == expected and found.weak_type == expected.weak_type
+    assert len(calls) == 3
+
+
+def test_it_closes_over_what_is_batched_or_differentiated():
+    def program(scale, x):
+        once = traced_once(lambda x: jnp.sin(scale * x))
+        jax.eval_shape(once, x)
+        return once(x)
+
+    scales, x = jnp.array([1.0, 2.0]), 0.5
+    np.testing.assert_allclose(
+        jax.vmap(jax.grad(program), (0, None))(scales, x), x * jnp.cos(scales * x)
+    )
 
 
 def test_terms_of_a_sum_and_of_a_map_are_traced_once():

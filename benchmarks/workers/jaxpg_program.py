@@ -41,19 +41,25 @@ def build(work: protocol.Work) -> protocol.Job:
     def learn(seed: int) -> list[float | None]:
         return _learn(advance, initial_state(make(seed)), work.num_updates)
 
-    def again() -> Any:
-        nonlocal state
-        state, metrics = advance(state, np.int32(work.num_updates))
-        return jax.block_until_ready(metrics)
+    num_steps = 0
 
-    return protocol.Job(seconds, again, learn, ("jax", "flax", "gymnax"))
+    def again() -> None:
+        nonlocal state, num_steps
+        state, metrics = advance(state, np.int32(work.num_updates))
+        num_steps = int(metrics["num_steps"][: work.num_updates].sum())
+
+    packages = ("jax", "flax", "gymnax")
+    return protocol.Job(seconds, again, learn, packages, lambda: num_steps)
 
 
 def algorithm(work: protocol.Work) -> Any:
     """Settings that do the peers' work."""
     from jaxpg.algos.a2c import A2CConfig
     from jaxpg.algos.ppo import PPOConfig
+    from jaxpg.algos.reinforce import ReinforceConfig
 
+    if work.method == "reinforce":
+        return ReinforceConfig(learning_rate=work.learning_rate, anneal=True)
     shared: dict[str, Any] = {
         "num_steps": work.num_steps,
         "learning_rate": work.learning_rate,

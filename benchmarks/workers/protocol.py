@@ -21,7 +21,9 @@ class Work(NamedTuple):
     """What every library is asked to do.
 
     Attributes:
-        method: "ppo", or "one-step": one gradient step per batch of segments.
+        method: "ppo"; "one-step": one gradient step per batch of segments; or
+            "reinforce": the same without a critic, and on whole episodes, where the
+            library does so.
         env: environment, by its gymnax or Gymnasium name.
         num_envs: environments side by side.
         num_steps: decisions of each for an update.

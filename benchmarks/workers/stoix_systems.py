@@ -7,7 +7,11 @@ from typing import Any
 
 import protocol
 
-SYSTEMS = {"ppo": ("ppo.anakin", "ff_ppo"), "one-step": ("vpg", "ff_reinforce")}
+SYSTEMS = {
+    "ppo": ("ppo.anakin", "ff_ppo"),
+    "one-step": ("vpg", "ff_reinforce"),
+    "reinforce": ("vpg", "ff_reinforce"),
+}
 
 
 def build(work: protocol.Work) -> protocol.Job:
