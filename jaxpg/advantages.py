@@ -112,8 +112,8 @@ def with_values(
 
 
 def next_values_from(
-    values: Float[Array, "T"], final_value: Float[Array, ""] | float
-) -> Float[Array, "T"]:
+    values: Float[Array, " T"], final_value: Float[Array, ""] | float
+) -> Float[Array, " T"]:
     """V(next_obs[t]) for rows that did not keep `next_obs`: the next slot's value.
 
     Right where decision t + 1 goes on from decision t, and harmless after a terminated
@@ -141,7 +141,7 @@ def next_values_from(
     return _later(values, final_value)
 
 
-def td_errors(row: ValuedRow, discount: float | Float[Array, ""]) -> Float[Array, "T"]:
+def td_errors(row: ValuedRow, discount: float | Float[Array, ""]) -> Float[Array, " T"]:
     """delta[t] = r[t] + discount * V'[t] - V[t].
 
     Args:
@@ -174,7 +174,7 @@ def generalized_advantages(
     row: ValuedRow,
     discount: float | Float[Array, ""],
     lambda_: float | Float[Array, ""],
-) -> Float[Array, "T"]:
+) -> Float[Array, " T"]:
     """GAE, A[t] = sum_k (discount * lambda_)^k delta[t + k] within the episode.
 
     lambda_ = 0 gives the TD error, 1 the reward-to-go (with what is bootstrapped at a
@@ -212,7 +212,7 @@ def lambda_returns(
     row: ValuedRow,
     discount: float | Float[Array, ""],
     lambda_: float | Float[Array, ""],
-) -> Float[Array, "T"]:
+) -> Float[Array, " T"]:
     """G[t] = r[t] + discount * ((1 - lambda_) * V'[t] + lambda_ * G[t + 1]).
 
     The mixture of n-step returns with weights (1 - lambda_) * lambda_^(n - 1); all
@@ -249,7 +249,7 @@ def lambda_returns(
 
 def n_step_returns(
     row: ValuedRow, discount: float | Float[Array, ""], n: int
-) -> Float[Array, "T"]:
+) -> Float[Array, " T"]:
     """r[t] + ... + discount^(n-1) r[t + n - 1] + discount^n V'[t + n - 1].
 
     An end, an empty slot or the end of the row that comes before n decisions cuts the
@@ -294,7 +294,7 @@ def n_step_returns(
 
 def vtrace(
     row: ValuedRow,
-    log_rhos: Float[Array, "T"],
+    log_rhos: Float[Array, " T"],
     discount: float | Float[Array, ""],
     *,
     lambda_: float | Float[Array, ""] = 1.0,

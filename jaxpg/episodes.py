@@ -34,7 +34,7 @@ class EndedEpisodes(NamedTuple):
     num_decisions: Int[Array, "*B"]
 
 
-def ended_episodes(segments: Trajectory, brought: Float[Array, "B"]) -> EndedEpisodes:
+def ended_episodes(segments: Trajectory, brought: Float[Array, " B"]) -> EndedEpisodes:
     """Count the episodes that ended in segments, and what they came to.
 
     Args:

@@ -129,7 +129,7 @@ def _of_pieces(active: Bool[Array, "B T"], part: Part) -> Plan:
     return cut, jnp.arange(number, dtype=jnp.int32), -(-num_needed // per_chunk)
 
 
-def needed_first(needed: Bool[Array, "n"]) -> tuple[Int[Array, "n"], Int[Array, ""]]:
+def needed_first(needed: Bool[Array, " n"]) -> tuple[Int[Array, " n"], Int[Array, ""]]:
     """Indices of what is needed, in order, before all others; and how many those are.
 
     `argsort(~needed)` in the time of a running sum: a sort of a quarter of a million

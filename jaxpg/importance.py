@@ -59,10 +59,10 @@ MAX_LOG_WEIGHT = 60.0
 
 
 def log_ratios(
-    log_probs: Float[Array, "T"],
-    behaviour_log_probs: Float[Array, "T"],
-    mask: Bool[Array, "T"],
-) -> Float[Array, "T"]:
+    log_probs: Float[Array, " T"],
+    behaviour_log_probs: Float[Array, " T"],
+    mask: Bool[Array, " T"],
+) -> Float[Array, " T"]:
     """log rho[t] = log pi - log mu, without derivative; 0 in empty slots.
 
     Args:
@@ -156,8 +156,8 @@ def to_weights(log_weights: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def cumulative_log_rhos(
-    log_rhos: Float[Array, "T"], time: Int[Array, "T"]
-) -> Float[Array, "T"]:
+    log_rhos: Float[Array, " T"], time: Int[Array, " T"]
+) -> Float[Array, " T"]:
     """L[t] = sum_{u <= t} log rho[u], begun anew at every episode's start.
 
     `to_weights(cumulative_log_rhos(...))` times reward-to-go is the form that drops the
@@ -186,8 +186,8 @@ def cumulative_log_rhos(
 
 
 def episode_log_rhos(
-    log_rhos: Float[Array, "T"], ends: Bool[Array, "T"], time: Int[Array, "T"]
-) -> Float[Array, "T"]:
+    log_rhos: Float[Array, " T"], ends: Bool[Array, " T"], time: Int[Array, " T"]
+) -> Float[Array, " T"]:
     """L = sum_u log rho[u] over the whole episode, repeated at each of its decisions.
 
     Args:
@@ -208,8 +208,8 @@ def episode_log_rhos(
 
 
 def remaining_log_rhos(
-    log_rhos: Float[Array, "T"], ends: Bool[Array, "T"]
-) -> Float[Array, "T"]:
+    log_rhos: Float[Array, " T"], ends: Bool[Array, " T"]
+) -> Float[Array, " T"]:
     """sum_{u >= t} log rho[u]: this and all later ratios of the episode.
 
     `to_weights(remaining_log_rhos(...))` times reward-to-go drops the past's ratios
@@ -234,11 +234,11 @@ def remaining_log_rhos(
 
 
 def causal_weights(
-    rewards: Float[Array, "T"],
-    discounts: Float[Array, "T"],
-    log_rhos: Float[Array, "T"],
-    time: Int[Array, "T"],
-) -> Float[Array, "T"]:
+    rewards: Float[Array, " T"],
+    discounts: Float[Array, " T"],
+    log_rhos: Float[Array, " T"],
+    time: Int[Array, " T"],
+) -> Float[Array, " T"]:
     """Per decision: w[t] = sum_{u >= t} discount^(u-t) r[u] exp(L[u]).
 
     A reward is weighed by the ratios of the decisions that led to it, no later one.
@@ -267,10 +267,10 @@ def causal_weights(
 
 
 def past_dropped_weights(
-    rewards: Float[Array, "T"],
-    discounts: Float[Array, "T"],
-    log_rhos: Float[Array, "T"],
-) -> Float[Array, "T"]:
+    rewards: Float[Array, " T"],
+    discounts: Float[Array, " T"],
+    log_rhos: Float[Array, " T"],
+) -> Float[Array, " T"]:
     """w[t] = sum_{u >= t} discount^(u-t) r[u] prod_{t <= v <= u} rho[v].
 
     Solved backwards, w[t] = rho[t] * (r[t] + discounts[t] * w[t + 1]).
@@ -310,7 +310,7 @@ def past_dropped_weights(
     return jax.lax.scan(step, zero, (rewards, discounts, rhos), reverse=True)[1]
 
 
-def effective_sample_size(log_weights: Float[Array, "N"]) -> Float[Array, ""]:
+def effective_sample_size(log_weights: Float[Array, " N"]) -> Float[Array, ""]:
     """(sum w)^2 / sum w^2: how many equally weighted samples the N are worth.
 
     Args:

@@ -33,7 +33,7 @@ FEW = 64
 
 
 def perceive_many(
-    perceptron: "nnx.Module", inputs: Float[Array, "N *shape"]
+    perceptron: "nnx.Module", inputs: Float[Array, " N *shape"]
 ) -> Float[Array, "N K"]:
     """perceptron(inputs), computed with the N inputs last in memory.
 
@@ -77,8 +77,10 @@ def _turned(layer: Any) -> Any:
 
 
 def _linear(
-    kernel: Float[Array, "F K"], bias: Float[Array, "K"], features: Float[Array, "F *N"]
-) -> Float[Array, "K *N"]:
+    kernel: Float[Array, "F K"],
+    bias: Float[Array, " K"],
+    features: Float[Array, " F *N"],
+) -> Float[Array, " K *N"]:
     affine = _affine_in_one if jax.default_backend() == "cpu" else _affine
     out = affine(kernel, bias, features.reshape(len(features), -1))
     return out.reshape(-1, *features.shape[1:])
@@ -97,7 +99,7 @@ def _patches(planes: Float[Array, "C H W N"], kernel: int) -> Float[Array, "F h 
 
 
 def _affine(
-    kernel: Float[Array, "F K"], bias: Float[Array, "K"], features: Float[Array, "F N"]
+    kernel: Float[Array, "F K"], bias: Float[Array, " K"], features: Float[Array, "F N"]
 ) -> Float[Array, "K N"]:
     """kernel^T features + bias."""
     return kernel.T @ features + bias[:, None]

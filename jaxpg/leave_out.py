@@ -60,7 +60,7 @@ def sums_by_time(
 
 def sums_at_starts(
     values: Float[Array, "B T"], trajectories: Trajectory
-) -> Float[Array, "F"]:
+) -> Float[Array, " F"]:
     """Sums of what stands at the episodes' first decisions, by fold."""
     counted = jnp.where(trajectories.starts, values, 0.0)
     return sums_of_rows(counted, fold_of(trajectories.episode_id))

@@ -191,11 +191,11 @@ def polynomial_features(
 
 def solve_ridge(
     matrix: Float[Array, "F F"],
-    vector: Float[Array, "F"],
+    vector: Float[Array, " F"],
     ridge: float,
     *,
     free_last: bool = False,
-) -> Float[Array, "F"]:
+) -> Float[Array, " F"]:
     """Solve (M + ridge * diag(M)) x = v for M symmetric, positive semidefinite.
 
     The ridge is a share of each feature's own weight, so features may be in any units.

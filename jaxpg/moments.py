@@ -75,7 +75,7 @@ def no_moments(tree_like: PyTree) -> Moments:
     return Moments(jnp.zeros((), jnp.uint32), zeros, zeros, zeros, zeros)
 
 
-def moments_of(samples: PyTree, mask: Bool[Array, "N"] | None = None) -> Moments:
+def moments_of(samples: PyTree, mask: Bool[Array, " N"] | None = None) -> Moments:
     """Moments of N samples at once.
 
     Args:

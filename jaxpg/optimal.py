@@ -237,7 +237,7 @@ def decision_score_norms(
     row: PyTree,
     *,
     cut_rows: bool = True,
-) -> Float[Array, "T"]:
+) -> Float[Array, " T"]:
     """|grad log pi(a[t] | .)|^2 of each decision of one row.
 
     Args:

@@ -34,10 +34,10 @@ ONE_ROW = "(T,) = one row; for a batch use jax.vmap"
 
 
 def suffix_recurrence(
-    increments: Float[Array, "T"],
-    decays: Float[Array, "T"],
+    increments: Float[Array, " T"],
+    decays: Float[Array, " T"],
     final: Float[Array, ""] | float = 0.0,
-) -> Float[Array, "T"]:
+) -> Float[Array, " T"]:
     """Solve x[t] = increments[t] + decays[t] * x[t + 1] backwards from x[T] = final.
 
     Args:
@@ -68,8 +68,8 @@ def suffix_recurrence(
 
 
 def step_discounts(
-    ends: Bool[Array, "T"], mask: Bool[Array, "T"], discount: float | Float[Array, ""]
-) -> Float[Array, "T"]:
+    ends: Bool[Array, " T"], mask: Bool[Array, " T"], discount: float | Float[Array, ""]
+) -> Float[Array, " T"]:
     """How much the next decision counts at each one: discount, and 0 after an end.
 
     Args:
@@ -88,8 +88,8 @@ def step_discounts(
 
 
 def leading_discounts(
-    time: Int[Array, "T"], discount: float | Float[Array, ""]
-) -> Float[Array, "T"]:
+    time: Int[Array, " T"], discount: float | Float[Array, ""]
+) -> Float[Array, " T"]:
     """The factor discount^time that usual practice drops.
 
     Args:
@@ -109,10 +109,10 @@ def leading_discounts(
 
 
 def rewards_to_go(
-    rewards: Float[Array, "T"],
-    discounts: Float[Array, "T"],
+    rewards: Float[Array, " T"],
+    discounts: Float[Array, " T"],
     final_value: Float[Array, ""] | float = 0.0,
-) -> Float[Array, "T"]:
+) -> Float[Array, " T"]:
     """Reward-to-go, G[t] = r[t] + discounts[t] * G[t + 1].
 
     Causality: a decision cannot change rewards that came before it, so dropping them
@@ -138,8 +138,8 @@ def rewards_to_go(
 
 
 def at_episode_start(
-    values: Float[Array, "T"], time: Int[Array, "T"]
-) -> Float[Array, "T"]:
+    values: Float[Array, " T"], time: Int[Array, " T"]
+) -> Float[Array, " T"]:
     """For each decision the value at its own episode's first decision.
 
     Args:
@@ -163,10 +163,10 @@ def at_episode_start(
 
 
 def episode_returns(
-    rewards: Float[Array, "T"],
-    discounts: Float[Array, "T"],
-    time: Int[Array, "T"],
-) -> Float[Array, "T"]:
+    rewards: Float[Array, " T"],
+    discounts: Float[Array, " T"],
+    time: Int[Array, " T"],
+) -> Float[Array, " T"]:
     """The whole episode's return, sum_u discount^u r[u], at each of its decisions.
 
     Args:

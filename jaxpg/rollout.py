@@ -66,8 +66,8 @@ class RolloutState(NamedTuple):
     """
 
     slots: Slot
-    stride: Int[Array, "M"]
-    episode_return: Float[Array, "M"]
+    stride: Int[Array, " M"]
+    episode_return: Float[Array, " M"]
 
 
 class Loop(NamedTuple):
@@ -97,7 +97,7 @@ def rollout_episodes(
     policy: Policy,
     params: Params,
     key: PRNGKey,
-    episode_ids: Int[Array, "N"],
+    episode_ids: Int[Array, " N"],
     *,
     num_slots: int | None = None,
     group_size: int = 1,
@@ -174,7 +174,7 @@ def start_segments(
     policy: Policy,
     key: PRNGKey,
     num_slots: int,
-    slot_ids: Int[Array, "M"] | None = None,
+    slot_ids: Int[Array, " M"] | None = None,
 ) -> RolloutState:
     """Reset `num_slots` slots for `rollout_segments`.
 

@@ -87,7 +87,7 @@ def log_normalizers(
     ends: Bool[Array, "B T"],
     *,
     over: Literal["all", "alive"],
-) -> Float[Array, "T"]:
+) -> Float[Array, " T"]:
     """log of the mean weight at each time step; 0 where nobody is left.
 
     Args:

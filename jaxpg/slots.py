@@ -144,7 +144,7 @@ def _facts(
 def restart_ended(
     restart: Callable[[Array], PyTree],
     ids: Array,
-    ends: Bool[Array, "M"],
+    ends: Bool[Array, " M"],
     slots: PyTree,
 ) -> PyTree:
     """Slots that have ended begin the episodes `ids`; the others go on.
@@ -190,7 +190,7 @@ def restart_ended(
     return jax.lax.cond(anywhere(num_ended > 0), of_those, lambda: slots)
 
 
-def select(where: Bool[Array, "M"], new: PyTree, old: PyTree) -> PyTree:
+def select(where: Bool[Array, " M"], new: PyTree, old: PyTree) -> PyTree:
     """Some slots of one tree, the others of another.
 
     Args:

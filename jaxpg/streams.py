@@ -54,7 +54,7 @@ __all__ = [
     "stream_summary",
 ]
 
-TrajectorySource = Callable[[Params, PRNGKey, Int[Array, "n"]], Trajectory]
+TrajectorySource = Callable[[Params, PRNGKey, Int[Array, " n"]], Trajectory]
 """`source(params, key, ids) -> Trajectory`: one trajectory per id and row, always the
 same ones for the same arguments."""
 
@@ -139,7 +139,7 @@ def stream_gradient(
     params: Params,
     state: PyTree,
     key: PRNGKey,
-    ids: Int[Array, "N"],
+    ids: Int[Array, " N"],
     *,
     chunk_size: int,
     statistics: Statistics = "none",
@@ -207,7 +207,7 @@ def stream_summary(
     source: TrajectorySource,
     params: Params,
     key: PRNGKey,
-    ids: Int[Array, "N"],
+    ids: Int[Array, " N"],
     *,
     chunk_size: int,
 ) -> Summary:

@@ -423,7 +423,9 @@ def dice_objective(
     return _per_trajectory(total, rows.reward.shape[0], num_trajectories)
 
 
-def _sums_so_far(x: Float[Array, "T"], starts: Bool[Array, "T"]) -> Float[Array, "T"]:
+def _sums_so_far(
+    x: Float[Array, " T"], starts: Bool[Array, " T"]
+) -> Float[Array, " T"]:
     """sum_{u <= t} x[u] within each episode."""
     continues = (~starts).astype(x.dtype)
     return suffix_recurrence(x[::-1], continues[::-1])[::-1]

@@ -333,8 +333,8 @@ def push_away(max_steps: int = 48) -> Environment:
 
 def _one_decision(
     name: str,
-    draw_obs: Callable[[PRNGKey], Float[Array, "D"]],
-    reward: Callable[[Float[Array, "D"], Array], Reward],
+    draw_obs: Callable[[PRNGKey], Float[Array, " D"]],
+    reward: Callable[[Float[Array, " D"], Array], Reward],
     action_space: Space | None = None,
     observation_space: Space | None = None,
 ) -> Environment:
@@ -356,10 +356,10 @@ def _one_decision(
 def _copying(name: str, actions: MultiDiscrete | MultiBinary, high: Any) -> Environment:
     """One decision: the action must repeat the observation, number by number."""
 
-    def draw_obs(key: PRNGKey) -> Float[Array, "D"]:
+    def draw_obs(key: PRNGKey) -> Float[Array, " D"]:
         return actions.sample(key).astype(float)
 
-    def reward(obs: Float[Array, "D"], action: Array) -> Reward:
+    def reward(obs: Float[Array, " D"], action: Array) -> Reward:
         return jnp.mean(action == obs.astype(action.dtype), dtype=obs.dtype)
 
     space = Box(0.0, high, actions.shape, jnp.result_type(float))

@@ -46,10 +46,10 @@ class TabularMDP(NamedTuple):
             state itself is seen.
     """
 
-    initial: Float[Array, "S"]
+    initial: Float[Array, " S"]
     transition: Float[Array, "S A S"]
     reward: Float[Array, "S A"]
-    terminal: Bool[Array, "S"]
+    terminal: Bool[Array, " S"]
     horizon: int
     emission: Float[Array, "S O"] | None = None
 

@@ -44,7 +44,7 @@ class Paths(NamedTuple):
     """
 
     trajectories: Trajectory
-    world_probability: Float[Array, "P"]
+    world_probability: Float[Array, " P"]
 
 
 def enumerate_trajectories(mdp: TabularMDP) -> Paths:
@@ -99,7 +99,7 @@ def with_log_probs(
 
 def with_chances(
     paths: Paths, policy: Policy, params: Params
-) -> tuple[Trajectory, Float[Array, "P"]]:
+) -> tuple[Trajectory, Float[Array, " P"]]:
     """The rows as this policy records them, and the probability of each, [P]."""
     rows = with_log_probs(paths.trajectories, policy, params)
     own = jnp.sum(jnp.where(rows.mask, rows.log_prob, 0.0), axis=1)

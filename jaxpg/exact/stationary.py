@@ -34,7 +34,7 @@ __all__ = [
 
 def stationary_distribution(
     mdp: TabularMDP, policy: Policy, params: Params
-) -> Float[Array, "S"]:
+) -> Float[Array, " S"]:
     """d = d P: how often each state is visited in the long run.
 
     Args:

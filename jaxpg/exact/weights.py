@@ -30,7 +30,7 @@ SQUARINGS = 60
 
 def weight_second_moments(
     mdp: TabularMDP, policy: Policy, params: Params, behaviour_params: Params
-) -> Float[Array, "T"]:
+) -> Float[Array, " T"]:
     """E_mu[W[t]^2]; a trajectory that has ended keeps its last weight.
 
     Args:

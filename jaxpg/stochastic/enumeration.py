@@ -35,7 +35,7 @@ class Outcomes(NamedTuple):
         records: the evaluations, N in front.
     """
 
-    probs: Float[Array, "N"]
+    probs: Float[Array, " N"]
     records: Record
 
 

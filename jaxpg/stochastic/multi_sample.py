@@ -27,7 +27,7 @@ from jaxpg.types import Params, PRNGKey, PyTree
 __all__ = ["bound_with_scores", "multi_sample_bound", "vimco"]
 
 
-def multi_sample_bound(costs: Float[Array, "K"]) -> Float[Array, ""]:
+def multi_sample_bound(costs: Float[Array, " K"]) -> Float[Array, ""]:
     """log 1/K sum_k exp(-costs[k]), in nats.
 
     Args:
@@ -103,7 +103,7 @@ def vimco(program: Program, *, num_samples: int, has_aux: bool = False) -> Loss:
 
 
 def bound_with_scores(
-    costs: Float[Array, "K"], log_probs: Float[Array, "K"]
+    costs: Float[Array, " K"], log_probs: Float[Array, " K"]
 ) -> Float[Array, ""]:
     """Minus the bound, with each sample's signal on its score in the derivative.
 
@@ -121,7 +121,7 @@ def bound_with_scores(
     return -multi_sample_bound(costs) - score
 
 
-def _above_the_others(log_weights: Float[Array, "K"]) -> Float[Array, "K"]:
+def _above_the_others(log_weights: Float[Array, " K"]) -> Float[Array, " K"]:
     number = log_weights.shape[0]
     own = jnp.eye(number, dtype=bool)
     replaced = jnp.where(own, mean_of_others(log_weights), log_weights[None])

@@ -158,7 +158,7 @@ def most_likely(key: PRNGKey, distribution: Any, baseline: Array) -> Array:
     return distribution.mode()
 
 
-def cross_entropy(logits: Float[Array, "C"], label: Int[Array, ""]) -> Array:
+def cross_entropy(logits: Float[Array, " C"], label: Int[Array, ""]) -> Array:
     """-log p(label), in nats."""
     return -jax.nn.log_softmax(logits)[label]
 

@@ -40,7 +40,7 @@ class Canvases(NamedTuple):
 def draw_canvases(
     key: PRNGKey,
     digits: Digits,
-    which: Int[Array, "B"],
+    which: Int[Array, " B"],
     clutter: Float[Array, "N h w"],
     *,
     size: int = 28,

@@ -35,7 +35,7 @@ class Digits(NamedTuple):
     """
 
     images: Float[np.ndarray, "N H W"]
-    labels: Int[np.ndarray, "N"]
+    labels: Int[np.ndarray, " N"]
 
 
 class DigitData(NamedTuple):

@@ -106,7 +106,7 @@ def make_program(settings: DiscreteVAESettings) -> stochastic.Program:
     """
 
     def program(
-        params: Params, key: PRNGKey, image: Float[Array, "P"]
+        params: Params, key: PRNGKey, image: Float[Array, " P"]
     ) -> Float[Array, ""]:
         below, prior = image, _layer(settings, params["prior"])
         keys = jax.random.split(key, settings.num_layers)
@@ -132,7 +132,7 @@ def importance_weighted_bound(
     settings: DiscreteVAESettings,
     params: Params,
     key: PRNGKey,
-    image: Float[Array, "P"],
+    image: Float[Array, " P"],
     num_samples: int,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The evidence bound of one image, and the tighter one of several samples.
@@ -163,7 +163,7 @@ def importance_weighted_bound(
 def exact_bound(
     settings: DiscreteVAESettings,
     params: Params,
-    image: Float[Array, "P"],
+    image: Float[Array, " P"],
     *,
     num_samples: Literal[1, 2] = 1,
     max_codes: int = MAX_CODES,
@@ -202,7 +202,7 @@ def exact_bound(
 def exact_log_likelihood(
     settings: DiscreteVAESettings,
     params: Params,
-    image: Float[Array, "P"],
+    image: Float[Array, " P"],
     *,
     max_codes: int = MAX_CODES,
 ) -> Float[Array, ""]:
@@ -230,7 +230,7 @@ def exact_log_likelihood(
 
 def draw_image(
     settings: DiscreteVAESettings, params: Params, key: PRNGKey
-) -> Float[Array, "P"]:
+) -> Float[Array, " P"]:
     """An image from the model itself: from the prior down, as pixels' probabilities.
 
     Args:
@@ -253,8 +253,8 @@ def reconstruct(
     settings: DiscreteVAESettings,
     params: Params,
     key: PRNGKey,
-    image: Float[Array, "P"],
-) -> Float[Array, "P"]:
+    image: Float[Array, " P"],
+) -> Float[Array, " P"]:
     """What generation makes of one code that inference drew for an image.
 
     Args:
@@ -270,7 +270,7 @@ def reconstruct(
     return decode(params, _flat(_layer(settings, logits).sample(key)))
 
 
-def decode(params: Params, code: Float[Array, "F"]) -> Float[Array, "P"]:
+def decode(params: Params, code: Float[Array, " F"]) -> Float[Array, " P"]:
     """Pixels' probabilities of the lowest layer's code.
 
     Args:
@@ -285,7 +285,7 @@ def decode(params: Params, code: Float[Array, "F"]) -> Float[Array, "P"]:
 
 def _all_codes(
     settings: DiscreteVAESettings, params: Params, image: Array, max_codes: int
-) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """log q(z | x) and cost of every code."""
     key = jax.random.key(0)  # draws nothing
     traced = trace(make_program(settings), params, key, (image,))
@@ -295,12 +295,12 @@ def _all_codes(
     return log_q, jax.vmap(lambda record: record.total)(outcomes.records)
 
 
-def _per_code(log_prob: Array) -> Float[Array, "N"]:
+def _per_code(log_prob: Array) -> Float[Array, " N"]:
     return jnp.sum(log_prob, axis=tuple(range(1, log_prob.ndim)))
 
 
 def _layer(
-    settings: DiscreteVAESettings, logits: Float[Array, "F"]
+    settings: DiscreteVAESettings, logits: Float[Array, " F"]
 ) -> Bernoulli | OneHotCategorical:
     if settings.latent == "bernoulli":
         return Bernoulli(logits)
@@ -315,7 +315,7 @@ def _log_mass(distribution: Bernoulli | OneHotCategorical, code: Array) -> Array
     return jnp.dot(code, logits) - jnp.sum(jax.nn.softplus(logits))
 
 
-def _flat(code: Array) -> Float[Array, "F"]:
+def _flat(code: Array) -> Float[Array, " F"]:
     return jnp.reshape(code, -1).astype(float)
 
 
