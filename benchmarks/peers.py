@@ -111,7 +111,10 @@ def parse() -> argparse.Namespace:
     add("--env-steps", type=int, default=500_000, help="of a learning run")
     add("--environments", type=Path, default=Path(".peers"), help="where they are kept")
     add("--out", help="name of the stored result, without .json")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.learn:  # whole episodes have no fixed number of steps an update
+        options.methods = [name for name in options.methods if name != "reinforce"]
+    return options
 
 
 def usable(options: argparse.Namespace) -> list[str]:

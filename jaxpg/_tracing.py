@@ -26,7 +26,8 @@ def traced_once(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
         fn: a pure function of trees of arrays. It may close over others.
 
     Returns:
-        The same function; keep it, for another one of the same `fn` traces anew.
+        The same function, for use within the program that is being traced: it does not
+        see that a setting of JAX has changed since.
 
     >>> import jax.numpy as jnp
     >>> twice = traced_once(lambda x: 2.0 * x)

@@ -17,6 +17,7 @@ Reference: Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy
 2, 3".
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -89,11 +90,11 @@ def with_unrolled(fn: Callable[..., PyTree], key: PRNGKey, *args: PyTree) -> PyT
     >>> int(with_unrolled(jax.random.poisson, key, 4.0) == jax.random.poisson(key, 4.0))
     1
     """
-    try:
+    # What is wrong for another reason is raised by the second call, once.
+    with contextlib.suppress(NotImplementedError, TypeError, ValueError):
         found = fn(unrolled(key), *args)
-    except (NotImplementedError, TypeError, ValueError):
-        return fn(key, *args)
-    return jax.tree.map(lambda x: plain(x) if _is_key(x) else x, found)
+        return jax.tree.map(lambda x: plain(x) if _is_key(x) else x, found)
+    return fn(key, *args)
 
 
 def _is_key(x: Any) -> bool:

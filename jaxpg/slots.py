@@ -168,6 +168,7 @@ def restart_ended(
     """
     num_slots = ends.shape[0]
     few = few_of(num_slots)
+    num_ended = jnp.sum(ends, dtype=jnp.int32)
 
     def of_all() -> PyTree:
         return select(ends, restart(ids), slots)
@@ -186,7 +187,6 @@ def restart_ended(
             return of_all()
         return jax.lax.cond(anywhere(num_ended > few), of_all, of_few)
 
-    num_ended = jnp.sum(ends, dtype=jnp.int32)
     return jax.lax.cond(anywhere(num_ended > 0), of_those, lambda: slots)
 
 

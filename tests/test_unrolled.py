@@ -113,8 +113,9 @@ def test_errors_of_others_stay_theirs():
     def broken(key):
         raise TypeError("not about keys")
 
-    with pytest.raises(TypeError, match="not about keys"):
+    with pytest.raises(TypeError, match="not about keys") as raised:
         with_unrolled(broken, KEYS[0])
+    assert raised.value.__context__ is None
 
 
 @pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])

@@ -9,7 +9,6 @@ shape, so the host may choose it freely: nothing compiles again, and no bit chan
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -133,25 +132,24 @@ def build_program(
         return of_member(index).update(state)
 
     indices = jnp.arange(config.num_members, dtype=jnp.int32)
-    all_members = traced_once(
-        over_members(update, config.num_members, config.members_at_once)
-    )
+    all_members = over_members(update, config.num_members, config.members_at_once)
 
     def advance(state: TrainState, count: Array) -> tuple[TrainState, Info]:
+        update_all = traced_once(all_members)
+
         def body(i: Array, carry: Any) -> Any:
             state, metrics = carry
-            state, info = all_members((state, indices))
-            return state, jax.tree.map(partial(_put, i), metrics, info)
+            state, info = update_all((state, indices))
+            put = jax.lax.dynamic_update_index_in_dim
+            return state, jax.tree.map(lambda x, y: put(x, y, i, 0), metrics, info)
 
-        shapes = jax.eval_shape(all_members, (state, indices))[1]
+        shapes = jax.eval_shape(update_all, (state, indices))[1]
         metrics = jax.tree.map(
             lambda x: jnp.zeros((MAX_UPDATES_PER_CALL, *x.shape), x.dtype), shapes
         )
         return jax.lax.fori_loop(0, count, body, (state, metrics))
 
-    init_all = traced_once(
-        over_members(init, config.num_members, config.members_at_once)
-    )
+    init_all = over_members(init, config.num_members, config.members_at_once)
 
     def init_members(seeds: Array) -> TrainState:
         return init_all((seeds, indices))
@@ -166,11 +164,6 @@ def build_program(
             out_shardings=(state_shardings(shapes, placement), everywhere),
         ),
     )
-
-
-def _put(index: Array, rows: Array, row: Array) -> Array:
-    """Rows with one replaced, in place."""
-    return jax.lax.dynamic_update_index_in_dim(rows, row, index, 0)
 
 
 def state_shardings(state: TrainState, placement: Placement) -> PyTree:
