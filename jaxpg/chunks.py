@@ -78,7 +78,7 @@ class SumOverRows(Protocol):
         fn: Callable[[Any, PyTree], Any],
         shared: Any,
         rows: PyTree,
-        active: Bool[Array, "B T"],
+        active: Bool[Array, "B T"] | None,
         chunks: Chunks,
     ) -> Any:
         """See `sum_over_chunks`."""
@@ -105,7 +105,7 @@ def sum_over_chunks(
     fn: Callable[[Any, PyTree], Any],
     shared: Any,
     rows: PyTree,
-    active: Bool[Array, "B T"],
+    active: Bool[Array, "B T"] | None,
     chunks: Chunks = ALL_AT_ONCE,
 ) -> Any:
     """Sum `fn(shared, chunk)` over chunks of rows, skipping chunks with nothing active.
@@ -114,7 +114,8 @@ def sum_over_chunks(
         fn: maps what is shared and a chunk of rows to a tree of sums over the chunk.
         shared: what every chunk needs, for example parameters.
         rows: a tree whose leaves have B in front, and T behind it if rows may be cut.
-        active: whether a decision can contribute anything.
+        active: whether a decision can contribute anything; None where all can, as in
+            segments: to plan around the others is work. T is then the first leaf's.
         chunks: how to cut.
 
     Returns:
@@ -133,9 +134,10 @@ def sum_over_chunks(
     size = chunks.number
     if size is None:
         return fn(shared, rows)
+    shape = jax.tree.leaves(rows)[0].shape[:2] if active is None else active.shape
     sums = [
-        _sum_over_part(lambda chunk: fn(shared, chunk), rows, active, part)
-        for parts in grid_of(active.shape, size, cut_rows=chunks.cut_rows)
+        _sum_over_part(lambda chunk: fn(shared, chunk), rows, active, part, shape[1])
+        for parts in grid_of(shape, size, cut_rows=chunks.cut_rows)
         for part in parts
     ]
     return jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *sums)
@@ -213,16 +215,26 @@ def _of_one_row(fn: Callable[[Any, PyTree], Any]) -> Callable[[Any, PyTree], Any
 
 
 def _sum_over_part(
-    fn: Callable[[PyTree], Any], rows: PyTree, active: Bool[Array, "B T"], part: Part
+    fn: Callable[[PyTree], Any],
+    rows: PyTree,
+    active: Bool[Array, "B T"] | None,
+    part: Part,
+    length: int,
 ) -> Any:
     """Sum over equal chunks, each cut out only when its turn comes."""
-    cut, order, count = plan(active, part)
+    if active is None:
+        number = part.rows.number * part.steps.number
+        cut, order = cutter(part, length), jnp.arange(number, dtype=jnp.int32)
+    else:
+        cut, order, count = plan(active, part)
     of_chunk = _of_cut(fn, rows, cut)
 
     def add(total: Any, index: Array) -> Any:
         return jax.tree.map(jnp.add, total, of_chunk(index))
 
     zeros = optax.tree.zeros_like(jax.eval_shape(of_chunk, order[0]))
+    if active is None:
+        return jax.lax.scan(lambda x, i: (add(x, i), None), zeros, order)[0]
     return visit_first(add, zeros, order, count)
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpg._checks import check_positive, check_rank, is_concrete
-from jaxpg.returns import suffix_recurrence
 from jaxpg.types import Trajectory
 
 __all__ = [
@@ -51,22 +50,17 @@ def ended_episodes(segments: Trajectory, brought: Float[Array, " B"]) -> EndedEp
     [1, 13.0, 9.0, 3]
     """
 
-    def so_far(rewards: Array, ends: Array, brought: Array) -> Array:
-        """The running episode's return after each decision."""
-        # Backwards in time reversed is forwards: a decision adds to what came before.
-        after_end = jnp.concatenate([jnp.zeros((1,), bool), ends[:-1]])
-        decays = jnp.where(after_end, 0.0, 1.0)
-        return suffix_recurrence(rewards[::-1], decays[::-1], brought)[::-1]
-
-    ends = segments.ends
-    returns = jax.vmap(so_far)(segments.reward, ends, brought)
-    lengths = (segments.time + 1).astype(returns.dtype)
-
-    def total(x: Array) -> Array:
-        return jnp.sum(jnp.where(ends, x, 0.0))
-
+    ends, rewards = segments.ends, segments.reward
+    step = jnp.arange(1, ends.shape[1] + 1, dtype=jnp.int32)
+    # Whatever a row earns until its last end belongs to an episode that has ended.
+    last_end = jnp.max(jnp.where(ends, step, 0), axis=1)
+    earned = jnp.sum(jnp.where(step[None] <= last_end[:, None], rewards, 0.0))
+    lengths = jnp.where(ends, segments.time + 1, 0).astype(rewards.dtype)
     return EndedEpisodes(
-        jnp.sum(ends), total(returns), total(lengths), segments.num_decisions
+        jnp.sum(ends),
+        earned + jnp.sum(jnp.where(last_end > 0, brought, 0.0)),
+        jnp.sum(lengths),
+        segments.num_decisions,
     )
 
 

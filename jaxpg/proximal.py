@@ -95,8 +95,11 @@ def clipped_terms(
     """
     check_range("epsilon", epsilon, 0.0, 1.0, open_low=True)
     rhos, advantages = _ratios(log_probs, behaviour_log_probs, advantages, mask)
-    held = jnp.clip(rhos, 1.0 - epsilon, 1.0 + epsilon)
-    terms = jnp.minimum(rhos * advantages, held * advantages)
+    # Not by `minimum`, whose derivative shares ties out by a division, term by term.
+    gains = advantages >= 0.0
+    bounds = jnp.where(gains, 1.0 + epsilon, 1.0 - epsilon).astype(rhos.dtype)
+    too_far = jnp.where(gains, rhos > bounds, rhos < bounds)
+    terms = jnp.where(too_far, bounds, rhos) * advantages
     return jnp.where(mask, terms, 0.0)
 
 
@@ -190,5 +193,6 @@ def _ratios(
     behaviour = jax.lax.stop_gradient(behaviour_log_probs)
     # Masked before they are exponentiated: what is infinite there would be NaN.
     log_rhos = jnp.where(mask, log_probs - behaviour, 0.0)
-    rhos = jnp.exp(jnp.minimum(finite_log_rhos(log_rhos), MAX_LOG_WEIGHT))
+    log_rhos = finite_log_rhos(log_rhos)
+    rhos = jnp.exp(jnp.where(log_rhos > MAX_LOG_WEIGHT, MAX_LOG_WEIGHT, log_rhos))
     return rhos, jax.lax.stop_gradient(jnp.where(mask, advantages, 0.0))

@@ -166,28 +166,54 @@ def restart_ended(
     >>> restart_ended(lambda ids: 10 * ids, ids, ends, jnp.ones(3, int)).tolist()
     [1, 10, 1]
     """
-    num_slots = ends.shape[0]
-    few = few_of(num_slots)
+    few = few_of(ends.shape[0])
     num_ended = jnp.sum(ends, dtype=jnp.int32)
 
     def of_all() -> PyTree:
         return select(ends, restart(ids), slots)
 
-    def of_few() -> PyTree:
-        # Gathers alone: a scatter goes entry by entry on CPU, and leaf by leaf.
-        so_far = jnp.cumsum(ends, dtype=jnp.int32)
-        places = jnp.arange(1, few + 1, dtype=jnp.int32)
-        which = jnp.searchsorted(so_far, places, method="scan_unrolled")
-        fresh = restart(ids[jnp.minimum(which, num_slots - 1)])
-        place = jnp.clip(so_far - 1, 0, few - 1)
-        return select(ends, jax.tree.map(lambda x: x[place], fresh), slots)
-
     def of_those() -> PyTree:
-        if few == 0:
-            return of_all()
-        return jax.lax.cond(anywhere(num_ended > few), of_all, of_few)
+        return _restarted_few_by_few(restart, ids, ends, slots, few)
 
-    return jax.lax.cond(anywhere(num_ended > 0), of_those, lambda: slots)
+    restarted = of_all if few == 0 else of_those
+    return jax.lax.cond(anywhere(num_ended > 0), restarted, lambda: slots)
+
+
+def _restarted_few_by_few(
+    restart: Callable[[Array], PyTree],
+    ids: Array,
+    ends: Bool[Array, " M"],
+    slots: PyTree,
+    few: int,
+) -> PyTree:
+    """Those that have ended begin anew, `few` at a time, and are handed out last."""
+    num_slots = ends.shape[0]
+    room = few * -(-num_slots // few)
+    so_far = jnp.cumsum(ends, dtype=jnp.int32)
+    num_ended, index = so_far[-1], jnp.arange(num_slots, dtype=jnp.int32)
+    # One of indices alone: a scatter goes entry by entry on CPU, and leaf by leaf.
+    ended = jnp.zeros((room,), jnp.int32)
+    ended = ended.at[jnp.where(ends, so_far - 1, room)].set(index, mode="drop")
+
+    def unfinished(carry: tuple[Array, PyTree]) -> Array:
+        return anywhere(carry[0] < num_ended)
+
+    def restart_next(carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+        done, fresh = carry
+        which = jax.lax.dynamic_slice_in_dim(ended, done, few)
+        some = restart(ids[which])
+        put = jax.lax.dynamic_update_slice_in_dim
+        fresh = jax.tree.map(lambda x, y: put(x, y, done, 0), fresh, some)
+        return done + few, fresh
+
+    empty = jax.tree.map(
+        lambda x: jnp.zeros((room, *x.shape[1:]), x.dtype),
+        jax.eval_shape(restart, ids[:few]),
+    )
+    start = jnp.zeros((), jnp.int32), empty
+    _, fresh = jax.lax.while_loop(unfinished, restart_next, start)
+    place = jnp.maximum(so_far - 1, 0)
+    return select(ends, jax.tree.map(lambda x: x[place], fresh), slots)
 
 
 def select(where: Bool[Array, " M"], new: PyTree, old: PyTree) -> PyTree:

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxpg._flat import on_vectors
 from jaxpg.advantages import standardize
 from jaxpg.algos.a2c import A2CConfig, a2c
 from jaxpg.algos.base import make_task
@@ -91,7 +92,7 @@ def test_an_update_is_its_parts(known):
     np.testing.assert_allclose(info["grad_norm"], optax.tree.norm(gradient), rtol=1e-9)
     np.testing.assert_allclose(info["entropy"], entropy, rtol=1e-9)
 
-    adam = optax.adam(0.1)
+    adam = on_vectors(optax.adam(0.1))
     with jax.numpy_dtype_promotion("standard"):
         first = jax.tree.map(jnp.negative, gradient)
         moves, _ = adam.update(first, (state.opt_state[0], *adam.init(())[1:]))
@@ -111,7 +112,7 @@ def test_the_critic_descends_to_its_targets_twice(known):
         outputs = jax.vmap(jax.vmap(lambda obs: task.critic.step(params, None, obs)[0]))
         return jnp.mean((outputs(rows.obs)[..., 0] - wanted) ** 2) / 2
 
-    adam = optax.adam(0.05)
+    adam = on_vectors(optax.adam(0.05))
     params = critic.params
     opt_state, losses = (critic.opt_state[0], *adam.init(())[1:]), []
     for _ in range(CONFIG.critic_epochs):

@@ -19,7 +19,15 @@ ROOT = pathlib.Path(jaxpg.__file__).parent
 # stand below the policies, because a head is made for an action space; the worlds
 # themselves stand beside them. `envs` alone is the room's door: it shows all of it.
 LAYERS = {
-    "types": ["types", "_version", "_checks", "_batching", "_tracing", "_unrolled"],
+    "types": [
+        "types",
+        "_version",
+        "_checks",
+        "_batching",
+        "_flat",
+        "_tracing",
+        "_unrolled",
+    ],
     "mathematics": [
         "distributions.base",
         "distributions.discrete",

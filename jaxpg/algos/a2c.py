@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array
 
 from jaxpg._checks import check_positive, check_range
@@ -29,6 +28,7 @@ from jaxpg.algos.measures import (
     count_non_finite,
     count_non_finite_decisions,
     explained_variance,
+    global_norm,
     mean_kl,
 )
 from jaxpg.algos.segments import (
@@ -173,7 +173,7 @@ def a2c(config: A2CConfig, task: Task) -> Algorithm:
             kl = mean_kl(task, state.params, params, rows, chunk_size=config.chunk_size)
         info = {
             "entropy": entropy,
-            "grad_norm": optax.tree.norm(gradient),
+            "grad_norm": global_norm(gradient),
             "critic_loss": loss,
             "explained_variance": explained_variance(
                 estimate.targets, estimate.values, trajectories.mask

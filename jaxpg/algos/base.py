@@ -15,11 +15,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
 from jaxpg._checks import check_positive, check_range
+from jaxpg._flat import as_vectors, on_vectors
 from jaxpg.chunks import MapRows, SumOverRows, map_plainly, sum_over_chunks
 from jaxpg.envs.base import Environment, Space
 from jaxpg.episodes import EndedEpisodes, split_episodes
@@ -244,11 +244,13 @@ def ascend(
     Returns:
         The next parameters and the next optimiser state.
 
+    >>> import jax.numpy as jnp
     >>> sgd, params = optax.sgd(0.5), jnp.array(1.0)
     >>> ascend(sgd, jnp.array(2.0), sgd.init(params), params)[0].item()
     2.0
     """
-    descent = jax.tree.map(jnp.negative, gradient)
+    vectors, back = as_vectors(gradient)
+    descent = back([-x for x in vectors])
     optimizer = optax.with_extra_args_support(optimizer)
     # Optax mixes types: strict promotion, where a caller has set it, is not for it.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
@@ -337,4 +339,4 @@ def make_optimizer(
             optax.scale_by_schedule(schedule),
             optax.scale_by_learning_rate(learning_rate),
         ]
-    return optax.with_extra_args_support(optax.chain(*parts))
+    return on_vectors(optax.chain(*parts))

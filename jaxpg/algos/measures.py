@@ -6,11 +6,12 @@ stops the run.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Float
 
 from jaxpg._batching import over_rows
+from jaxpg._flat import as_vectors
 from jaxpg.algos.base import Task
 from jaxpg.chunks import Chunks, ChunkSize, map_over_chunks
 from jaxpg.importance import MAX_LOG_WEIGHT, log_ratios
@@ -23,6 +24,7 @@ __all__ = [
     "count_non_finite",
     "count_non_finite_decisions",
     "explained_variance",
+    "global_norm",
     "mean_kl",
     "mean_surrogate",
 ]
@@ -157,13 +159,23 @@ def explained_variance(
 
 
 def count_non_finite(tree: PyTree) -> Array:
-    """How many entries of a tree are NaN or infinite.
+    """How many entries of a tree that every device has whole are NaN or infinite.
 
     >>> count_non_finite({"a": jnp.array([1.0, jnp.nan]), "b": jnp.array(jnp.inf)})
     Array(2, dtype=int32)
     """
-    counts = [jnp.sum(~jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
-    return jnp.sum(jnp.stack(counts)).astype(jnp.int32)
+    vectors, _ = as_vectors(tree)
+    counts = [jnp.sum(~jnp.isfinite(x), dtype=jnp.int32) for x in vectors]
+    return sum(counts, start=jnp.zeros((), jnp.int32))
+
+
+def global_norm(tree: PyTree) -> Array:
+    """The Euclidean length of all of a tree's numbers together.
+
+    >>> global_norm({"a": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}).item()
+    5.0
+    """
+    return optax.tree.norm(as_vectors(tree)[0])
 
 
 def count_non_finite_decisions(
@@ -181,7 +193,9 @@ def count_non_finite_decisions(
         Their number.
     """
     seen = (trajectories.reward, trajectories.log_prob, *more)
-    return count_non_finite([jnp.where(trajectories.mask, x, 0.0) for x in seen])
+    # Array by array: rows may live on many devices, and would meet in one vector.
+    lost = [jnp.asarray(trajectories.mask & ~jnp.isfinite(x), jnp.int32) for x in seen]
+    return jnp.sum(sum(lost[1:], start=lost[0]))
 
 
 def _mean(

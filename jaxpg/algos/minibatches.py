@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxpg._checks import check_positive
+from jaxpg._flat import scan_into_vectors
 from jaxpg._unrolled import unrolled
 from jaxpg.algos.base import Task
 from jaxpg.chunks import MapRows, map_plainly
@@ -220,9 +221,9 @@ def over_minibatches(
             return step(carry, jax.random.fold_in(key_steps, index), minibatch)
 
         indices = jnp.arange(cut.num_minibatches, dtype=jnp.int32)
-        return jax.lax.scan(visit, carry, indices)
+        return scan_into_vectors(visit, carry, indices)
 
-    return jax.lax.scan(epoch, carry, jax.random.split(key, num_epochs))
+    return scan_into_vectors(epoch, carry, jax.random.split(key, num_epochs))
 
 
 def _divisors(number: int, most: int) -> list[int]:

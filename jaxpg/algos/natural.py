@@ -35,6 +35,7 @@ from jaxpg.algos.measures import (
     chunks_for,
     count_non_finite,
     count_non_finite_decisions,
+    global_norm,
     mean_kl,
 )
 from jaxpg.algos.reinforce import reinforce_gradient
@@ -328,7 +329,7 @@ def _report(
     trajectories: Trajectory,
 ) -> Info:
     return {
-        "grad_norm": optax.tree.norm(direction),
+        "grad_norm": global_norm(direction),
         "entropy": -jnp.mean(trajectories.log_prob, where=trajectories.mask),
         "kl": mean_kl(task, before, after, trajectories, chunk_size=config.chunk_size),
         "non_finite_batch": count_non_finite_decisions(trajectories),

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array
 
 from jaxpg._batching import anywhere
@@ -37,6 +36,7 @@ from jaxpg.algos.behaviour import Behaviour, Lagged, follow, start_lag
 from jaxpg.algos.measures import (
     count_non_finite,
     count_non_finite_decisions,
+    global_norm,
     log_ratios_of,
     mean_kl,
 )
@@ -191,7 +191,7 @@ def off_policy(
             sum_over_rows=task.sum_over_rows,
         )
         info = {
-            "grad_norm": optax.tree.norm(gradient),
+            "grad_norm": global_norm(gradient),
             "non_finite_gradient": count_non_finite(gradient),
         }
         return ascend(optimizer, gradient, opt_state, params), info

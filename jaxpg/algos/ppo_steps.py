@@ -13,9 +13,10 @@ import optax
 from jaxtyping import Array
 
 from jaxpg._batching import anywhere, over_rows
+from jaxpg._flat import as_vectors
 from jaxpg._tracing import traced_once
 from jaxpg.algos.base import Info, Task, ascend
-from jaxpg.algos.measures import count_non_finite
+from jaxpg.algos.measures import count_non_finite, global_norm
 from jaxpg.algos.ppo_settings import PPOConfig
 from jaxpg.algos.segments import needed_critic, rows_cut
 from jaxpg.chunks import Chunks
@@ -114,11 +115,12 @@ def make_step(
         held = Held(state.critic.targets, state.kl_coefficient, old, key)
         total, sums = sum_over((learned, held), minibatch)
         count = jnp.maximum(sums.pop("count"), 1.0)
-        gradients = jax.tree.map(lambda x: x / count.astype(x.dtype), total)
+        vectors, back = as_vectors(total)
+        gradients = back([x / count.astype(x.dtype) for x in vectors])
         info = {name: x / count for name, x in sums.items()}
         stepped = _stepped(config, optimizers, state, gradients, old, info["kl"])
         info |= {
-            "grad_norm": optax.tree.norm(gradients["policy"]),
+            "grad_norm": global_norm(gradients["policy"]),
             "non_finite_gradient": count_non_finite(gradients),
         }
         # A member that has stopped comes here in the company of others: it sees 0.
@@ -150,7 +152,7 @@ def sum_over_batch(config: PPOConfig, task: Task, shared: Any, batch: Batch) -> 
     """
     chunks = Chunks(config.chunk_size, cut_rows=rows_cut(task))
     terms = _terms(config, task)
-    return task.sum_over_rows(terms, shared, batch, batch.rows.mask, chunks)
+    return task.sum_over_rows(terms, shared, batch, None, chunks)
 
 
 def _terms(config: PPOConfig, task: Task) -> Callable[[Any, Batch], Any]:

@@ -12,7 +12,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxpg.algos.base import (
     Algorithm,
@@ -29,6 +28,7 @@ from jaxpg.algos.base import (
 from jaxpg.algos.measures import (
     count_non_finite,
     count_non_finite_decisions,
+    global_norm,
     mean_kl,
 )
 from jaxpg.baselines import Baseline
@@ -222,7 +222,7 @@ def reinforce(
             credit_of(trajectories, config.estimator.credit),
         )
         info = {
-            "grad_norm": optax.tree.norm(gradient),
+            "grad_norm": global_norm(gradient),
             "entropy": -jnp.mean(trajectories.log_prob, where=trajectories.mask),
             "non_finite_batch": count_non_finite_decisions(trajectories),
             "non_finite_gradient": count_non_finite(gradient),

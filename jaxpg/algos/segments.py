@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxpg._batching import over_rows
+from jaxpg._flat import as_vectors
 from jaxpg.advantages import ValuedRow, generalized_advantages, with_values
 from jaxpg.algos.base import Task, ascend, check_anneal
 from jaxpg.algos.measures import chunks_for
@@ -202,14 +203,13 @@ def policy_gradient(
         of_chunk,
         (params, key),
         (rows, weights),
-        rows.mask,
+        None,
         chunks_for(task.policy, config.chunk_size),
     )
     count = jnp.maximum(rows.num_decisions, 1)
-    return (
-        jax.tree.map(lambda x: x / count.astype(x.dtype), total),
-        entropy / count.astype(entropy.dtype),
-    )
+    vectors, back = as_vectors(total)
+    mean = back([x / count.astype(x.dtype) for x in vectors])
+    return mean, entropy / count.astype(entropy.dtype)
 
 
 def fit_critic(
@@ -264,10 +264,11 @@ def fit_critic(
         params, opt_state = carry
         mask = minibatch[0].mask
         loss, slope = task.sum_over_rows(
-            of_chunk, (params, critic.targets), minibatch, mask, chunks
+            of_chunk, (params, critic.targets), minibatch, None, chunks
         )
         count = jnp.maximum(jnp.sum(mask), 1)
-        uphill = jax.tree.map(lambda x: -x / count.astype(x.dtype), slope)
+        vectors, back = as_vectors(slope)
+        uphill = back([-x / count.astype(x.dtype) for x in vectors])
         carry = ascend(optimizer, uphill, opt_state, params)
         return carry, loss / count.astype(loss.dtype)
 

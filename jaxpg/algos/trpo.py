@@ -32,6 +32,7 @@ from jaxpg.algos.measures import (
     count_non_finite,
     count_non_finite_decisions,
     explained_variance,
+    global_norm,
     mean_kl,
     mean_surrogate,
 )
@@ -203,7 +204,7 @@ def trpo(config: TRPOConfig, task: Task) -> Algorithm:
         solved, search = opt_state
         info = {
             "entropy": entropy,
-            "grad_norm": optax.tree.norm(gradient),
+            "grad_norm": global_norm(gradient),
             "kl": search.kl,
             "step_fraction": search.step_fraction,
             "improvement": search.improvement,

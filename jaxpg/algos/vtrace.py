@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array
 
 from jaxpg._checks import check_positive, check_range
@@ -34,6 +33,7 @@ from jaxpg.algos.measures import (
     count_non_finite,
     count_non_finite_decisions,
     explained_variance,
+    global_norm,
     log_ratios_of,
 )
 from jaxpg.algos.segments import (
@@ -176,7 +176,7 @@ def vtrace(config: VTraceConfig, task: Task) -> Algorithm:
         rhos = jnp.exp(jnp.minimum(log_rhos, 20.0))
         info = {
             "entropy": entropy,
-            "grad_norm": optax.tree.norm(gradient),
+            "grad_norm": global_norm(gradient),
             "critic_loss": loss,
             "mean_ratio": jnp.mean(rhos, where=trajectories.mask),
             "explained_variance": explained_variance(

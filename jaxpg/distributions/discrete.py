@@ -217,7 +217,7 @@ def _select_log_prob(
 def _log_prob_columns(logits: Float[Array, "*B A"]) -> list[Float[Array, "*B"]]:
     """log p of each action: the same operations for whoever asks, so XLA makes one."""
     columns = [logits[..., i] for i in range(logits.shape[-1])]
-    shift = jax.lax.stop_gradient(functools.reduce(jnp.maximum, columns))
+    shift = functools.reduce(jnp.maximum, map(jax.lax.stop_gradient, columns))
     log_total = jnp.log(_total(jnp.exp(column - shift) for column in columns))
     return [column - shift - log_total for column in columns]
 
