@@ -31,9 +31,11 @@ SECONDS_OF_A_CALL = 5.0
 """Of most libraries: the first update of a call waits for fresh memory."""
 
 
-METHODS = ("ppo", "one-step", "reinforce")
+METHODS = ("ppo", "one-step", "reinforce", "reinforce-trained")
 """PPO; one gradient step on segments, with a critic; and REINFORCE without one, on
-whole episodes. Stoix's ff_reinforce has a critic and segments, and is asked twice."""
+whole episodes, which are short with fresh policies and long with trained ones. Stoix's
+ff_reinforce has a critic and segments, and its updates take the same time with any
+policy; it is asked each time."""
 
 
 class Library(NamedTuple):
@@ -113,7 +115,7 @@ def parse() -> argparse.Namespace:
     add("--out", help="name of the stored result, without .json")
     options = parser.parse_args()
     if options.learn:  # whole episodes have no fixed number of steps an update
-        options.methods = [name for name in options.methods if name != "reinforce"]
+        options.methods = [name for name in options.methods if "reinforce" not in name]
     return options
 
 
@@ -223,7 +225,7 @@ def work_of(
 ) -> dict[str, Any]:
     """The work for one library; calls are long enough to be timed."""
     expected = {"Stable-Baselines3": 2e4 if num_envs > 4 else 2e3}.get(name, 1e5)
-    if (name, method) == ("jaxpg", "reinforce"):
+    if name == "jaxpg" and "reinforce" in method:
         expected = 5e5
     per_update = 128 * num_envs
     updates = max(1, round(SECONDS_OF_A_CALL * expected / per_update))
@@ -265,7 +267,7 @@ def spread(values: list[float]) -> dict[str, float]:
 def line_of(method: str, num_envs: int, name: str, row: dict[str, Any]) -> str:
     rate, ratio = row["steps_per_second"], row["ratio"]
     return (
-        f"{method:8} {num_envs:5} envs  {name:18} {rate['median'] / 1e3:8.1f}k steps/s"
+        f"{method:17} {num_envs:5} envs  {name:18} {rate['median'] / 1e3:8.1f}k steps/s"
         f"  jaxpg is {ratio['median']:.2f} times as fast"
         f" ({ratio['low']:.2f} - {ratio['high']:.2f})"
         f"  compiled in {row['compile_seconds']:.1f} s, {row['peak_mib']:.0f} MiB"

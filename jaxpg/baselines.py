@@ -209,7 +209,7 @@ def time_dependent_baseline(max_steps: int, *, leave_one_out: bool = True) -> Ba
 
     def summarize(params: Params, trajectories: Trajectory, credit: Credit) -> Credit:
         del params
-        return jax.tree.map(lambda x: sums_by_time(x, trajectories, max_steps), credit)
+        return sums_by_time(credit, trajectories, max_steps)
 
     def predict(
         params: Params, summary: Credit, trajectories: Trajectory, credit: Credit

@@ -44,18 +44,29 @@ def fold_of(episode_id: Int[Array, "..."]) -> Int[Array, "..."]:
     return episode_id % FOLDS
 
 
-def sums_by_time(
-    values: Float[Array, "B T"], trajectories: Trajectory, max_steps: int
-) -> Float[Array, "F L"]:
-    """Sums over the trajectories alive at each decision 0 .. max_steps - 1, by fold."""
-    counted = jnp.where(trajectories.mask, values, 0.0)
+def sums_by_time(values: PyTree, trajectories: Trajectory, max_steps: int) -> PyTree:
+    """Sums over the trajectories alive at each decision 0 .. max_steps - 1, by fold.
+
+    Args:
+        values: a tree of numbers for each decision, [B, T], in one type.
+        trajectories: what they belong to.
+        max_steps: L.
+
+    Returns:
+        The same tree of [F, L].
+    """
+    leaves, structure = jax.tree.flatten(values)
+    # In one scatter, which goes from decision to decision, and not one for each leaf.
+    side_by_side = jnp.stack(leaves, axis=-1)
+    counted = jnp.where(trajectories.mask[..., None], side_by_side, 0.0)
     fold = fold_of(trajectories.episode_id)
 
     def of_block(x: Array, fold: Array, time: Array) -> Array:
-        sums = jnp.zeros((FOLDS, max_steps), x.dtype)
+        sums = jnp.zeros((FOLDS, max_steps, x.shape[-1]), x.dtype)
         return sums.at[fold, time].add(x, mode="drop")
 
-    return _in_blocks(of_block, counted, fold, trajectories.time)
+    sums = _in_blocks(of_block, counted, fold, trajectories.time)
+    return jax.tree.unflatten(structure, list(jnp.moveaxis(sums, -1, 0)))
 
 
 def sums_at_starts(
@@ -127,7 +138,7 @@ def _in_blocks(of_block: Any, *rows: Array) -> Array:
     missing = -number % BLOCK
 
     def cut(x: Array) -> Array:
-        padded = jnp.pad(x, ((0, missing), (0, 0)))
-        return padded.reshape(-1, BLOCK, x.shape[1])
+        padded = jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)))
+        return padded.reshape(-1, BLOCK, *x.shape[1:])
 
     return jnp.sum(jax.vmap(of_block)(*(cut(x) for x in rows)), axis=0)

@@ -138,7 +138,7 @@ def optimal_time_dependent_baseline(
 
     def summarize(params: Params, trajectories: Trajectory, credit: Credit) -> Credit:
         own = projections(params, trajectories, credit)
-        return jax.tree.map(lambda x: sums_by_time(x, trajectories, max_steps), own)
+        return sums_by_time(own, trajectories, max_steps)
 
     def predict(
         params: Params, summary: Credit, trajectories: Trajectory, credit: Credit

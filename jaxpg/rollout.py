@@ -53,7 +53,8 @@ to gain for a second loop, which takes a second to compile."""
 
 
 PAGE = 64
-"""Turns of a buffer that are moved into rows together."""
+"""Turns that are written down side by side before they are moved into rows together:
+to write each turn into the rows of all slots would touch as many places in memory."""
 
 
 class RolloutState(NamedTuple):
@@ -78,14 +79,14 @@ class Loop(NamedTuple):
         slots: M slots.
         running: whether a slot's episode is one of those asked for, [M].
         num_started: episodes taken from the queue.
-        buffer: decisions so far, time first.
+        decisions: so far, time first on a page and in rows elsewhere.
     """
 
     step: Array
     slots: Slot
     running: Array
     num_started: Array
-    buffer: Trajectory
+    decisions: Trajectory
 
 
 Moved = tuple[Slot, Array, Array]
@@ -144,14 +145,26 @@ def rollout_episodes(
             many = anywhere(jnp.sum(loop.running) > until)
             return many & (loop.step < capacity)
 
-        def advance(loop: Loop) -> Loop:
-            slots, decision = decide_all(loop.slots)
-            decision = decision._replace(mask=loop.running)
-            ends = decision.terminated | decision.truncated
-            buffer = _write(loop.buffer, decision, loop.step)
-            return Loop(loop.step + 1, *move(loop, slots, ends), buffer)
+        def play_page(loop: Loop) -> Loop:
+            page, first = _page(loop.decisions, loop.step)
 
-        return jax.lax.while_loop(unfinished, advance, loop)
+            def advance(loop: Loop) -> Loop:
+                slots, decision = decide_all(loop.slots)
+                decision = decision._replace(mask=loop.running)
+                ends = decision.terminated | decision.truncated
+                page = _write(loop.decisions, decision, loop.step - first)
+                return Loop(loop.step + 1, *move(loop, slots, ends), page)
+
+            played = jax.lax.while_loop(
+                lambda loop: unfinished(loop) & (loop.step - first < _length(page, 0)),
+                advance,
+                loop._replace(decisions=page),
+            )
+            return played._replace(
+                decisions=_with_page(loop.decisions, played.decisions, first)
+            )
+
+        return jax.lax.while_loop(unfinished, play_page, loop)
 
     slots = restart(episode_ids[:num_slots])
     loop = Loop(
@@ -159,14 +172,13 @@ def rollout_episodes(
         slots,
         jnp.ones((num_slots,), bool),
         jnp.asarray(num_slots, jnp.int32),
-        _empty_buffer(decide_all, slots, capacity),
+        _empty_rows(decide_all, slots, capacity),
     )
     few = few_of(num_slots) if num_slots >= WORTH_MOVING else 0
     loop = play(loop, few, _hold if num_slots == num_episodes else take_next)
-    rows = _played_rows_first(loop.buffer, loop.step)
     if few == 0:
-        return rows
-    return _with_last(few, rows, loop, lambda last: play(last, 0, _hold))
+        return loop.decisions
+    return _with_last(few, loop, lambda last: play(last, 0, _hold))
 
 
 def start_segments(
@@ -246,7 +258,7 @@ def rollout_segments(
     (slots, episode_return), decisions = jax.lax.scan(
         advance, (state.slots, state.episode_return), None, num_steps
     )
-    trajectory = _rows_first(decisions)._replace(carry=first_carry)
+    trajectory = _turned(decisions)._replace(carry=first_carry)
     return trajectory, RolloutState(slots, state.stride, episode_return)
 
 
@@ -283,31 +295,17 @@ def _next_episodes(
     return slots, loop.running & (~ends | has_next), num_started
 
 
-def _with_last(
-    few: int, rows: Trajectory, loop: Loop, play: Callable[[Loop], Loop]
-) -> Trajectory:
+def _with_last(few: int, loop: Loop, play: Callable[[Loop], Loop]) -> Trajectory:
     """The rows after the last few episodes, which are played in slots of their own.
 
     The queue is empty by then, or all slots would be running.
     """
     which = jnp.argsort(~loop.running)[:few]
-    buffer = jax.tree.map(
-        lambda x: jnp.zeros((x.shape[0], few, *x.shape[2:]), x.dtype), loop.buffer
+    slots, running, rows = jax.tree.map(
+        lambda x: x[which], (loop.slots, loop.running, loop.decisions)
     )
-    last = play(
-        loop._replace(
-            slots=jax.tree.map(lambda x: x[which], loop.slots),
-            running=loop.running[which],
-            buffer=buffer,
-        )
-    )
-
-    def put(rows: Array, late: Array) -> Array:
-        after = jnp.arange(rows.shape[1], dtype=jnp.int32) >= loop.step
-        after = after.reshape(1, -1, *(1,) * (rows.ndim - 2))
-        return rows.at[which].set(jnp.where(after, late, rows[which]))
-
-    return jax.tree.map(put, rows, _played_rows_first(last.buffer, last.step))
+    last = play(loop._replace(slots=slots, running=running, decisions=rows))
+    return jax.tree.map(lambda x, y: x.at[which].set(y), loop.decisions, last.decisions)
 
 
 def _capacity(env: Environment, num_episodes: int, num_slots: int) -> int:
@@ -325,44 +323,43 @@ def _capacity(env: Environment, num_episodes: int, num_slots: int) -> int:
     return -(-num_episodes // num_slots) * env.max_steps
 
 
-def _empty_buffer(decide: Any, slots: Slot, capacity: int) -> Trajectory:
-    shapes = jax.eval_shape(decide, slots)[1]
-    return jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), shapes)
+def _empty_rows(decide: Any, slots: Slot, capacity: int) -> Trajectory:
+    def empty(x: Any) -> Array:
+        return jnp.zeros((x.shape[0], capacity, *x.shape[1:]), x.dtype)
+
+    return jax.tree.map(empty, jax.eval_shape(decide, slots)[1])
 
 
-def _write(buffer: Trajectory, decision: Trajectory, step: Array) -> Trajectory:
+def _page(rows: Trajectory, step: Array) -> tuple[Trajectory, Array]:
+    """What the rows hold from about `step` on, time first, and where that begins.
+
+    The last page begins earlier if the rows end: what they hold there stays.
+    """
+    length = _length(rows, 1)
+    size = min(PAGE, length)
+    first = jnp.minimum(step, length - size)
+    page = jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=1), rows
+    )
+    return _turned(page), first
+
+
+def _with_page(rows: Trajectory, page: Trajectory, first: Array) -> Trajectory:
+    put = jax.lax.dynamic_update_slice_in_dim
+    return jax.tree.map(lambda x, y: put(x, y, first, 1), rows, _turned(page))
+
+
+def _length(decisions: Trajectory, axis: int) -> int:
+    return decisions.mask.shape[axis]
+
+
+def _write(page: Trajectory, decision: Trajectory, step: Array) -> Trajectory:
     def write(rows: Array, row: Array) -> Array:
         return jax.lax.dynamic_update_index_in_dim(rows, row, step, 0)
 
-    return jax.tree.map(write, buffer, decision)
+    return jax.tree.map(write, page, decision)
 
 
-def _rows_first(decisions: Trajectory) -> Trajectory:
-    """From time-major, as loops write it, to the library's [B, T, ...]."""
+def _turned(decisions: Trajectory) -> Trajectory:
+    """Between time-major, as loops write it, and the library's [B, T, ...]."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), decisions)
-
-
-def _played_rows_first(buffer: Trajectory, num_turns: Array) -> Trajectory:
-    """`_rows_first` of a buffer of which the turns from `num_turns` on are zero.
-
-    Short episodes leave most of their buffer empty, and to turn that takes as long.
-    """
-    capacity = buffer.mask.shape[0]
-    if capacity <= 2 * PAGE:
-        return _rows_first(buffer)
-
-    def turn(page: Array, rows: Trajectory) -> Trajectory:
-        first = jnp.minimum(page * PAGE, capacity - PAGE)
-
-        def put(rows: Array, x: Array) -> Array:
-            part = jax.lax.dynamic_slice_in_dim(x, first, PAGE)
-            part = jnp.swapaxes(part, 0, 1)
-            return jax.lax.dynamic_update_slice_in_dim(rows, part, first, axis=1)
-
-        return jax.tree.map(put, rows, buffer)
-
-    rows = jax.tree.map(
-        lambda x: jnp.zeros((x.shape[1], capacity, *x.shape[2:]), x.dtype), buffer
-    )
-    num_pages = (num_turns + PAGE - 1) // PAGE
-    return jax.lax.fori_loop(0, num_pages, turn, rows)

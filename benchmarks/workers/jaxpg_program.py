@@ -7,9 +7,12 @@ from typing import Any
 
 import protocol
 
+HELD = 1e-12
+"""A learning rate at which a policy stays as it is."""
+
 
 def build(work: protocol.Work) -> protocol.Job:
-    """PPO, A2C ("one-step") or REINFORCE without a critic ("reinforce")."""
+    """PPO, A2C ("one-step") or REINFORCE without a critic ("reinforce...")."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", work.num_devices)
@@ -18,7 +21,7 @@ def build(work: protocol.Work) -> protocol.Job:
     from jaxpg.train.config import TrainConfig
     from jaxpg.train.run import create_run, initial_state
 
-    def make(seed: int) -> Any:
+    def make(seed: int, settings: Any = None) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             config = TrainConfig(
                 env=work.env,
@@ -26,7 +29,7 @@ def build(work: protocol.Work) -> protocol.Job:
                 num_envs=work.num_envs,
                 num_updates=work.num_updates,
                 num_devices=work.num_devices,
-                algorithm=algorithm(work),
+                algorithm=settings or algorithm(work),
                 runs_dir=Path(folder),
                 name="run",
             )
@@ -41,6 +44,10 @@ def build(work: protocol.Work) -> protocol.Job:
     def learn(seed: int) -> list[float | None]:
         return _learn(advance, initial_state(make(seed)), work.num_updates)
 
+    if work.method == "reinforce-trained":
+        other = make(0, trainer())
+        params = _trained(other.program.advance, initial_state(other))
+        state = state._replace(algorithm=state.algorithm._replace(params=params))
     num_steps = 0
 
     def again() -> None:
@@ -60,6 +67,8 @@ def algorithm(work: protocol.Work) -> Any:
 
     if work.method == "reinforce":
         return ReinforceConfig(learning_rate=work.learning_rate, anneal=True)
+    if work.method == "reinforce-trained":
+        return ReinforceConfig(learning_rate=HELD)
     shared: dict[str, Any] = {
         "num_steps": work.num_steps,
         "learning_rate": work.learning_rate,
@@ -71,6 +80,24 @@ def algorithm(work: protocol.Work) -> Any:
         return A2CConfig(critic_epochs=1, **shared)
     epochs = {"num_epochs": work.num_epochs, "num_minibatches": work.num_minibatches}
     return PPOConfig(**epochs, **shared)
+
+
+def trainer() -> Any:
+    """Settings that soon make long episodes."""
+    from jaxpg.algos.reinforce import ReinforceConfig
+
+    return ReinforceConfig()
+
+
+def _trained(advance: Any, state: Any) -> Any:
+    """Parameters on the way up: where all episodes take 500 steps no weight is left."""
+    import numpy as np
+
+    for _ in range(500):
+        state, metrics = advance(state, np.int32(1))
+        if metrics["mean_length"][0, 0] > 250:
+            return state.algorithm.params
+    raise RuntimeError("the policy has not learned to make long episodes")
 
 
 def _learn(advance: Any, state: Any, num_updates: int) -> list[float | None]:

@@ -23,7 +23,7 @@ class Work(NamedTuple):
     Attributes:
         method: "ppo"; "one-step": one gradient step per batch of segments; or
             "reinforce": the same without a critic, and on whole episodes, where the
-            library does so.
+            library does so; "reinforce-trained" where these are long.
         env: environment, by its gymnax or Gymnasium name.
         num_envs: environments side by side.
         num_steps: decisions of each for an update.

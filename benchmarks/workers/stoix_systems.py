@@ -11,6 +11,7 @@ SYSTEMS = {
     "ppo": ("ppo.anakin", "ff_ppo"),
     "one-step": ("vpg", "ff_reinforce"),
     "reinforce": ("vpg", "ff_reinforce"),
+    "reinforce-trained": ("vpg", "ff_reinforce"),
 }
 
 
