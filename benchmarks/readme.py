@@ -131,6 +131,25 @@ def throughput() -> str:
     return "\n".join(lines) + f"\n\n({machine(stored)})\n"
 
 
+def compilation() -> str:
+    stored = timing.load("compilation-cpu")
+    lines = [
+        "| algorithm | traced in | lowered in | compiled in | kernels | peak |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in stored["table"].items():
+        seconds = [
+            f"{row[part]['median']:.2f} s" for part in ("trace", "lower", "compile")
+        ]
+        peak = f"{row['peak_mib']['median']:.0f} MiB"
+        lines.append(f"| {name} | {' | '.join(seconds)} | {row['kernels']} | {peak} |")
+    settings = stored["settings"]
+    return "\n".join(lines) + (
+        f"\n\n(CartPole-v1, {settings['num_envs']} environments, default settings, "
+        f"medians of {settings['rounds']} processes in turns; {machine(stored)})\n"
+    )
+
+
 def scaling() -> str:
     stored = timing.load("scaling-cpu")
     lines = [
@@ -508,6 +527,7 @@ BLOCKS = {
     "peers-days": peers_days,
     "peers-learning": peers_learning,
     "throughput": throughput,
+    "compilation": compilation,
     "scaling": scaling,
     "large-batches": large_batches,
     "slow-worlds": slow_worlds,

@@ -152,8 +152,13 @@ def explained_variance(
     >>> explained_variance(targets, targets - 5.0, mask).item()
     1.0
     """
-    varying = jnp.var(targets, where=mask)
-    left = jnp.var(targets - values, where=mask)
+    count = jnp.maximum(jnp.sum(mask), 1).astype(targets.dtype)
+
+    def variance(x: Array) -> Array:
+        mean = jnp.sum(jnp.where(mask, x, 0.0)) / count
+        return jnp.sum(jnp.where(mask, (x - mean) ** 2, 0.0)) / count
+
+    varying, left = variance(targets), variance(targets - values)
     some = varying > 0.0
     return jnp.where(some, 1.0 - left / jnp.where(some, varying, 1.0), 0.0)
 

@@ -123,10 +123,11 @@ def make_step(
             "grad_norm": global_norm(gradients["policy"]),
             "non_finite_gradient": count_non_finite(gradients),
         }
+        if config.stop_at_kl is None:
+            return (stepped, going), info | {"skipped": ~going}
         # A member that has stopped comes here in the company of others: it sees 0.
         info = {name: jnp.where(going, x, 0) for name, x in info.items()}
-        if config.stop_at_kl is not None:
-            going = going & (info["kl"] <= config.stop_at_kl)
+        going = going & (info["kl"] <= config.stop_at_kl)
         state = jax.tree.map(lambda x, y: jnp.where(going, x, y), stepped, state)
         return (state, going), info | {"skipped": ~going}
 
@@ -135,7 +136,7 @@ def make_step(
             traced_once(lambda carry: step(carry, key, minibatch)), carry
         )
 
-    return unless_stopped
+    return step if config.stop_at_kl is None else unless_stopped
 
 
 def sum_over_batch(config: PPOConfig, task: Task, shared: Any, batch: Batch) -> Any:
