@@ -3,7 +3,8 @@ r"""Linear systems A x = target whose matrix is known only by its products.
     conjugate_gradient    x by steps along directions p with p[i]^T A p[j] = 0
     inner_product         sum of x * y over all entries of two trees
 
-Vectors are trees of floating-point arrays, such as parameters: nothing is flattened.
+Vectors are trees of floating-point arrays, such as parameters; a search works on them
+as one vector of each type.
 
 Reference: Hestenes and Stiefel 1952, "Methods of conjugate gradients for solving linear
 systems".
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpg._checks import check_positive, check_range
+from jaxpg._flat import as_vectors
 from jaxpg.types import PyTree
 
 __all__ = [
@@ -101,6 +103,9 @@ def conjugate_gradient(
     check_range("tolerance", tolerance, 0.0)
     if start is not None:
         check_like("start", start, target)
+    target, back = as_vectors(target)
+    start = None if start is None else as_vectors(start)[0]
+    matvec = _on_vectors(matvec, back)
     # The largest entry becomes 1, so that no square overflows or vanishes.
     scale = largest_entry(target)
     scale = jnp.where((scale > 0.0) & jnp.isfinite(scale), scale, 1.0)
@@ -118,7 +123,11 @@ def conjugate_gradient(
     left = jax.tree.map(jnp.subtract, unit, matvec(last.solution))
     residual = jnp.sqrt(inner_product(left, left) / jnp.where(size_sq, size_sq, 1.0))
     solution = jax.tree.map(lambda x: x * scale.astype(x.dtype), last.solution)
-    return ConjugateGradientResult(solution, residual, last.num_iterations)
+    return ConjugateGradientResult(back(solution), residual, last.num_iterations)
+
+
+def _on_vectors(matvec: Product, back: Callable[[PyTree], PyTree]) -> Product:
+    return lambda x: as_vectors(matvec(back(x)))[0]
 
 
 def _start_search(
