@@ -149,9 +149,9 @@ def restart_ended(
 ) -> PyTree:
     """Slots that have ended begin the episodes `ids`; the others go on.
 
-    Of many slots few end together, and on CPU those few alone are reset: a reset of all
-    for their sake halves the rate of fast worlds. Where launching work is what costs,
-    all are reset together.
+    Of many slots few end together, and on CPU those are reset a few at a time: a reset
+    of all for their sake halves the rate of fast worlds, and one for each case would be
+    compiled twice. Where launching work is what costs, all are reset together.
 
     Args:
         restart: `restart(ids) -> slots` at their episodes' beginnings, of any number.

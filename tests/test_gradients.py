@@ -299,6 +299,31 @@ def visited(size, cut_rows, active):
     return sorted(seen)
 
 
+@pytest.mark.parametrize("cut_rows", [True, False])
+@pytest.mark.parametrize("size", [1, 5, 24, 100, None])
+def test_where_all_can_contribute_nothing_is_planned(size, cut_rows):
+    """The same sum, rests of rows and steps included, by chunks in order."""
+    rows = {"obs": jnp.arange(7 * 18 * 2.0).reshape(7, 18, 2), "own": jnp.ones((7, 18))}
+
+    def fn(scale, chunk):
+        return {
+            "sum": scale * jnp.sum(chunk["obs"] ** 2, axis=(0, 1)),
+            "count": jnp.sum(chunk["own"]),
+        }
+
+    def total(active):
+        chunks = Chunks(size, cut_rows)
+        return sum_over_chunks(fn, 1e-3, rows, active, chunks)
+
+    everything = jnp.ones((7, 18), bool)
+    found, expected = quick(lambda: (total(None), total(everything)))()
+    assert found["count"] == 7 * 18
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+    text = jax.jit(lambda: total(None)).lower().as_text()
+    assert "scatter" not in text and "stablehlo.case" not in text
+
+
 def test_skipped_chunks_do_no_work():
     active = jnp.zeros((B, T), bool).at[1].set(True)
     assert visited(T, False, active) == list(range(6, 12))
