@@ -23,7 +23,7 @@ from jaxpg.chunks import Chunks
 from jaxpg.distributions import discrete
 from jaxpg.gradients import score_gradient
 from jaxpg.policies import log_prob_fn, mlp_policy
-from jaxpg.slots import FEW
+from jaxpg.slots import restart_ended
 from jaxpg.types import Trajectory
 
 ENV = envs.make("CartPole-v1")
@@ -116,21 +116,14 @@ def rollout(variant: Variant, params: Any, key: Any, slots: Any, num_steps: int)
                 slots,
             )
 
-        def reset_few() -> Any:
-            (which,) = jnp.nonzero(ends, size=num_slots // FEW, fill_value=num_slots)
-            fresh = jax.vmap(restart)(jax.tree.map(lambda x: x[which], slots))
-            return jax.tree.map(
-                lambda x, y: x.at[which].set(y, mode="drop"), slots, fresh
-            )
-
-        def reset_those() -> Any:
-            many = jnp.sum(ends) > num_slots // FEW
-            return jax.lax.cond(many, reset, reset_few)
+        def reset_some(ids: Any) -> Any:
+            return jax.vmap(restart)(jax.tree.map(lambda x: x[ids], slots))
 
         if variant.reset == "at every step":
             slots = reset()
         elif variant.reset == "of what has ended":
-            slots = jax.lax.cond(jnp.any(ends), reset_those, lambda: slots)
+            ids = jnp.arange(num_slots, dtype=jnp.int32)
+            slots = restart_ended(reset_some, ids, ends, slots)
         else:
             slots = jax.lax.cond(jnp.any(ends), reset, lambda: slots)
         if variant.layout != "rows first":
