@@ -18,6 +18,7 @@ def build(work: protocol.Work) -> protocol.Job:
     jax.config.update("jax_num_cpu_devices", work.num_devices)
     import numpy as np
 
+    from jaxpg.algos.reinforce import ReinforceConfig
     from jaxpg.train.config import TrainConfig
     from jaxpg.train.run import create_run, initial_state
 
@@ -45,7 +46,7 @@ def build(work: protocol.Work) -> protocol.Job:
         return _learn(advance, initial_state(make(seed)), work.num_updates)
 
     if work.method == "reinforce-trained":
-        other = make(0, trainer())
+        other = make(0, ReinforceConfig())
         params = _trained(other.program.advance, initial_state(other))
         state = state._replace(algorithm=state.algorithm._replace(params=params))
     num_steps = 0
@@ -80,13 +81,6 @@ def algorithm(work: protocol.Work) -> Any:
         return A2CConfig(critic_epochs=1, **shared)
     epochs = {"num_epochs": work.num_epochs, "num_minibatches": work.num_minibatches}
     return PPOConfig(**epochs, **shared)
-
-
-def trainer() -> Any:
-    """Settings that soon make long episodes."""
-    from jaxpg.algos.reinforce import ReinforceConfig
-
-    return ReinforceConfig()
 
 
 def _trained(advance: Any, state: Any) -> Any:
