@@ -440,7 +440,7 @@ def tiny_sweep(folder, **changes):
 
 
 def test_a_run_with_a_sweep_ends_with_table_and_pictures(tmp_path, capsys):
-    from jaxpg.cli import _report
+    from jaxpg.cli.train import _report
     from jaxpg.envs.probes import constant_reward
     from jaxpg.train.loop import train
 
