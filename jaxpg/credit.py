@@ -45,6 +45,7 @@ from jaxpg.returns import (
     rewards_to_go,
     step_discounts,
 )
+from jaxpg.room import at_used_length, first_turns, with_room
 from jaxpg.self_normalized import self_normalize
 from jaxpg.types import Trajectory
 
@@ -55,6 +56,7 @@ __all__ = [
     "CreditConfig",
     "CreditName",
     "credit_of",
+    "credit_of_used",
     "held_finite",
     "mean_credit",
 ]
@@ -183,6 +185,29 @@ def credit_of(
     else:
         credit = _off_policy(trajectories, config, log_rhos)
     return jax.lax.stop_gradient(_only_real(credit, trajectories.mask))
+
+
+def credit_of_used(
+    trajectories: Trajectory, config: CreditConfig = CreditConfig()
+) -> Credit:
+    """`credit_of` on policy, worked out for as many turns as the batch uses.
+
+    Args:
+        trajectories: rows of whole episodes.
+        config: which credit, of ratio "none".
+
+    Returns:
+        Value and reach.
+
+    Bias: that of `credit_of`.
+    """
+    length = trajectories.mask.shape[1]
+
+    def of_turns(number: int) -> Credit:
+        credit = credit_of(first_turns(trajectories, number), config)
+        return jax.tree.map(lambda x: with_room(x, length), credit)
+
+    return at_used_length(of_turns, trajectories.mask)
 
 
 def mean_credit(value: Array, reach: Array) -> Array:

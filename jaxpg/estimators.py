@@ -40,6 +40,7 @@ from jaxpg.optimal import (
 )
 from jaxpg.per_parameter import per_parameter_summary, per_parameter_terms
 from jaxpg.policies import Policy, log_prob_fn
+from jaxpg.room import at_used_length, first_turns, with_room
 from jaxpg.types import Params, PyTree, Trajectory
 from jaxpg.value_functions import value_network_baseline
 
@@ -359,14 +360,24 @@ def estimate_weights(
             "summary is given, but standardize or self_normalize divides by statistics "
             "of all weights, which it does not hold; give the whole batch, no summary"
         )
-    if credit is None:
-        credit = estimate_credit(estimator, params, trajectories)
-    weights = apply_baseline(
-        estimator.baseline, params, state, trajectories, credit, summary
-    )
-    if not estimator.config.standardize:
-        return weights
-    return standardize(weights, trajectories.mask)
+
+    def of_turns(number: int) -> Array:
+        rows = first_turns(trajectories, number)
+        if credit is None:
+            of_rows = estimate_credit(estimator, params, rows)
+        else:
+            of_rows = jax.tree.map(lambda x: x[:, :number], credit)
+        weights = apply_baseline(
+            estimator.baseline, params, state, rows, of_rows, summary
+        )
+        if config.standardize:
+            weights = standardize(weights, rows.mask)
+        return with_room(weights, trajectories.mask.shape[1])
+
+    asks_policy = credit is None and config.credit.ratio != "none"
+    if asks_policy or estimator.needs_scores:  # too much to be compiled twice
+        return of_turns(trajectories.mask.shape[1])
+    return at_used_length(of_turns, trajectories.mask)
 
 
 def estimate_terms(

@@ -46,6 +46,7 @@ LAYERS = {
         "importance",
         "self_normalized",
         "advantages",
+        "room",
         "credit",
         "leave_out",
         "grids",

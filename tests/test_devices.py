@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxpg import room
 from jaxpg.algos.registry import RECIPES
 from jaxpg.train.config import PolicyConfig, TrainConfig
 from jaxpg.train.run import create_run, initial_state
@@ -105,6 +106,15 @@ def assert_one_vector_a_step(talk):
     assert gradient.sizes == [BOTH + len(sums)]
     assert gradient.num_bytes == 8 * gradient.sizes[0]
     assert gradient.times == 16, "four epochs of four minibatches"
+
+
+def test_rows_with_room_exchange_no_more(tmp_path, float64, monkeypatch):
+    """Both lengths at which weights and statistics may be worked out; one is taken."""
+    monkeypatch.setattr(room, "WORTH_A_BRANCH", 1)
+    monkeypatch.setattr(room, "SHARE", 1)  # all turns are the short length, too
+    talk = assert_the_same("reinforce", 20, 1e-8, tmp_path)
+    assert {x.kind for x in talk} == {"all-reduce"}
+    assert max(size for x in talk for size in x.sizes) <= 2 * 8 * MAX_STEPS
 
 
 def test_one_update_in_float32(tmp_path):

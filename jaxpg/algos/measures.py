@@ -16,6 +16,7 @@ from jaxpg.algos.base import Task
 from jaxpg.chunks import Chunks, ChunkSize, map_over_chunks
 from jaxpg.importance import MAX_LOG_WEIGHT, log_ratios
 from jaxpg.policies import Policy, log_prob_fn
+from jaxpg.room import at_used_length, first_turns
 from jaxpg.types import Params, PyTree, Trajectory
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "log_ratios_of",
     "count_non_finite",
     "count_non_finite_decisions",
+    "describe_batch",
     "explained_variance",
     "global_norm",
     "mean_kl",
@@ -201,6 +203,27 @@ def count_non_finite_decisions(
     # Array by array: rows may live on many devices, and would meet in one vector.
     lost = [jnp.asarray(trajectories.mask & ~jnp.isfinite(x), jnp.int32) for x in seen]
     return jnp.sum(sum(lost[1:], start=lost[0]))
+
+
+def describe_batch(trajectories: Trajectory) -> dict[str, Array]:
+    """What is told of a batch of whole episodes, whatever learns from it.
+
+    Args:
+        trajectories: rows of whole episodes.
+
+    Returns:
+        `entropy`, in nats, as sampled by who acted; `non_finite_batch`, from
+        `count_non_finite_decisions`.
+    """
+
+    def of_turns(number: int) -> dict[str, Array]:
+        rows = first_turns(trajectories, number)
+        return {
+            "entropy": -jnp.mean(rows.log_prob, where=rows.mask),
+            "non_finite_batch": count_non_finite_decisions(rows),
+        }
+
+    return at_used_length(of_turns, trajectories.mask)
 
 
 def _mean(

@@ -34,14 +34,14 @@ from jaxpg.algos.base import (
 from jaxpg.algos.measures import (
     chunks_for,
     count_non_finite,
-    count_non_finite_decisions,
+    describe_batch,
     global_norm,
     mean_kl,
 )
 from jaxpg.algos.reinforce import reinforce_gradient
 from jaxpg.baselines import Baseline
 from jaxpg.chunks import ChunkSize
-from jaxpg.credit import CreditConfig, CreditName, credit_of
+from jaxpg.credit import CreditConfig, CreditName, credit_of_used
 from jaxpg.estimators import BaselineName, EstimatorConfig, make_estimator
 from jaxpg.fisher import episodic_natural_gradient, fisher_vector_product
 from jaxpg.policies import log_prob_fn
@@ -169,12 +169,15 @@ def npg(
         key: PRNGKey, state: AlgorithmState, trajectories: Trajectory
     ) -> tuple[AlgorithmState, Info]:
         del key  # the whole batch makes one gradient: nothing is drawn
+        # For baselines that learn; the others make their weights where it is used.
+        credit = credit_of_used(trajectories, config.estimator.credit)
         gradient = reinforce_gradient(
             estimator,
             state.params,
             state.baseline_state,
             trajectories,
             max_steps,
+            credit=credit if jax.tree.leaves(state.baseline_state) else None,
             chunk_size=config.chunk_size,
             sum_over_rows=task.sum_over_rows,
         )
@@ -192,9 +195,7 @@ def npg(
             ),
         )
         baseline_state, baseline_info = estimator.baseline.fit(
-            state.baseline_state,
-            trajectories,
-            credit_of(trajectories, config.estimator.credit),
+            state.baseline_state, trajectories, credit
         )
         info = {
             **_report(config, task, state.params, params, gradient, trajectories),
@@ -274,7 +275,7 @@ def _regression(
         log_prob_fn(task.policy),
         params,
         rows._replace(next_obs=None),
-        credit_of(rows, discounts).value,
+        credit_of_used(rows, discounts).value,
         damping=config.damping,
         num_iterations=config.cg_iterations,
         decision_weights=jax.vmap(leading_discounts, (0, None))(
@@ -330,9 +331,8 @@ def _report(
 ) -> Info:
     return {
         "grad_norm": global_norm(direction),
-        "entropy": -jnp.mean(trajectories.log_prob, where=trajectories.mask),
+        **describe_batch(trajectories),
         "kl": mean_kl(task, before, after, trajectories, chunk_size=config.chunk_size),
-        "non_finite_batch": count_non_finite_decisions(trajectories),
         "non_finite_gradient": count_non_finite(direction),
         "non_finite_params": count_non_finite(after),
     }

@@ -35,14 +35,21 @@ from jaxpg.algos.base import (
 from jaxpg.algos.behaviour import Behaviour, Lagged, follow, start_lag
 from jaxpg.algos.measures import (
     count_non_finite,
-    count_non_finite_decisions,
+    describe_batch,
     global_norm,
     log_ratios_of,
     mean_kl,
 )
 from jaxpg.algos.reinforce import reinforce_gradient
 from jaxpg.chunks import ChunkSize
-from jaxpg.credit import Credit, CreditConfig, CreditName, RatioName, credit_of
+from jaxpg.credit import (
+    Credit,
+    CreditConfig,
+    CreditName,
+    RatioName,
+    credit_of,
+    credit_of_used,
+)
 from jaxpg.estimators import BaselineName, EstimatorConfig, make_estimator
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
@@ -237,13 +244,13 @@ def off_policy(
             keep_leading_discount=config.keep_leading_discount,
         )
         baseline_state, baseline_info = estimator.baseline.fit(
-            state.baseline_state, trajectories, credit_of(trajectories, on_policy)
+            state.baseline_state, trajectories, credit_of_used(trajectories, on_policy)
         )
         made = jnp.sum(infos["made"])
         info = {
             "grad_norm": jnp.sum(infos["grad_norm"])
             / jnp.maximum(made, 1).astype(float),
-            "entropy": -jnp.mean(trajectories.log_prob, where=trajectories.mask),
+            **describe_batch(trajectories),
             "kl": mean_kl(
                 task,
                 state.params,
@@ -253,7 +260,6 @@ def off_policy(
             ),
             "ess": jnp.min(infos["ess"]),
             "steps_made": made,
-            "non_finite_batch": count_non_finite_decisions(trajectories),
             "non_finite_gradient": jnp.sum(infos["non_finite_gradient"]),
             "non_finite_params": count_non_finite(params),
             **baseline_info,

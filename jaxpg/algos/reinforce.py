@@ -27,13 +27,13 @@ from jaxpg.algos.base import (
 )
 from jaxpg.algos.measures import (
     count_non_finite,
-    count_non_finite_decisions,
+    describe_batch,
     global_norm,
     mean_kl,
 )
 from jaxpg.baselines import Baseline
 from jaxpg.chunks import Chunks, ChunkSize, SumOverRows, sum_over_chunks
-from jaxpg.credit import Credit, CreditConfig, CreditName, credit_of
+from jaxpg.credit import Credit, CreditConfig, CreditName, credit_of_used
 from jaxpg.episodes import split_episodes
 from jaxpg.estimators import (
     BaselineName,
@@ -204,12 +204,15 @@ def reinforce(
         key: PRNGKey, state: AlgorithmState, trajectories: Trajectory
     ) -> tuple[AlgorithmState, Info]:
         del key  # the whole batch makes one gradient: nothing is drawn
+        # For baselines that learn; the others make their weights where it is used.
+        credit = credit_of_used(trajectories, config.estimator.credit)
         gradient = reinforce_gradient(
             estimator,
             state.params,
             state.baseline_state,
             trajectories,
             max_steps,
+            credit=credit if jax.tree.leaves(state.baseline_state) else None,
             chunk_size=config.chunk_size,
             sum_over_rows=task.sum_over_rows,
         )
@@ -217,14 +220,11 @@ def reinforce(
             optimizer, gradient, state.opt_state, state.params, kl=state.kl
         )
         baseline_state, baseline_info = estimator.baseline.fit(
-            state.baseline_state,
-            trajectories,
-            credit_of(trajectories, config.estimator.credit),
+            state.baseline_state, trajectories, credit
         )
         info = {
             "grad_norm": global_norm(gradient),
-            "entropy": -jnp.mean(trajectories.log_prob, where=trajectories.mask),
-            "non_finite_batch": count_non_finite_decisions(trajectories),
+            **describe_batch(trajectories),
             "non_finite_gradient": count_non_finite(gradient),
             "non_finite_params": count_non_finite(params),
             **baseline_info,

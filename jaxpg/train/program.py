@@ -37,6 +37,7 @@ from jaxpg.rollout import (
     rollout_segments,
     start_segments,
 )
+from jaxpg.room import at_used_length, first_turns
 from jaxpg.train.config import TrainConfig, with_values_unchecked
 from jaxpg.train.sharding import Placement
 from jaxpg.train.visits import MAX_UPDATES_PER_CALL
@@ -324,12 +325,15 @@ def _check_enough(config: TrainConfig, algorithm: Algorithm) -> None:
 
 
 def _of_episodes(trajectories: Trajectory) -> Info:
-    num_steps = trajectories.num_decisions
-    num_episodes = jnp.sum(trajectories.starts)
-    rewards = jnp.where(trajectories.mask, trajectories.reward, 0.0)
+    def sums(number: int) -> tuple[Array, Array, Array]:
+        rows = first_turns(trajectories, number)
+        rewards = jnp.where(rows.mask, rows.reward, 0.0)
+        return rows.num_decisions, jnp.sum(rows.starts), jnp.sum(rewards)
+
+    num_steps, num_episodes, rewards = at_used_length(sums, trajectories.mask)
     count = jnp.maximum(num_episodes, 1).astype(rewards.dtype)
     return {
-        "mean_return": jnp.sum(rewards) / count,
+        "mean_return": rewards / count,
         "mean_length": num_steps.astype(rewards.dtype) / count,
         "num_episodes": num_episodes,
         "num_steps": num_steps,

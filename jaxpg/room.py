@@ -1,0 +1,66 @@
+"""Rows have room for the longest episodes, and most of it may be empty.
+
+Whole episodes come in rows of a length that no row can outgrow. While a policy is new
+they end after a twentieth of it, and work on every slot of the batch (returns,
+baselines, statistics) is work on nothing. A shape cannot follow the data, but one of
+two can be chosen by them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from jaxpg._batching import anywhere
+from jaxpg._checks import is_concrete
+from jaxpg.types import Trajectory
+
+__all__ = ["SHARE", "WORTH_A_BRANCH", "at_used_length", "first_turns", "with_room"]
+
+SHARE = 8
+"""The shorter of the two lengths is this part of the room."""
+
+WORTH_A_BRANCH = 512
+"""Turns from which on there are two: a second branch is compiled for it."""
+
+
+def at_used_length(fn: Callable[[int], Any], mask: Bool[Array, "B T"]) -> Any:
+    """`fn(T)`, or `fn` of an eighth of T where nothing comes after that.
+
+    Args:
+        fn: takes how many turns to look at, counted from the first, and gives the same
+            for both lengths if all later slots are empty.
+        mask: whether a slot holds a decision.
+
+    Returns:
+        What `fn` gives; of all turns, without a branch, where they are few or known.
+
+    >>> mask = jnp.arange(1024)[None] < 9
+    >>> jax.jit(lambda mask: at_used_length(lambda n: jnp.asarray(n), mask))(mask)
+    Array(128, dtype=int32, weak_type=True)
+    """
+    length = mask.shape[1]
+    if length < WORTH_A_BRANCH or is_concrete(mask):
+        return fn(length)
+    short = length // SHARE
+    is_long = anywhere(mask[:, short:])
+    return jax.lax.cond(is_long, lambda: fn(length), lambda: fn(short))
+
+
+def first_turns(trajectories: Trajectory, number: int) -> Trajectory:
+    """The first turns of every row, [B, number]."""
+    carry = trajectories.carry  # of a row, not of its turns
+    first = jax.tree.map(lambda x: x[:, :number], trajectories._replace(carry=None))
+    return first._replace(carry=carry)
+
+
+def with_room(x: Array, length: int) -> Array:
+    """[B, n, ...] with zeros behind, [B, length, ...].
+
+    >>> with_room(jnp.ones((1, 2)), 3).tolist()
+    [[1.0, 1.0, 0.0]]
+    """
+    behind = [(0, 0), (0, length - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
+    return jnp.pad(x, behind)
