@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool
 
-from jaxpg._batching import anywhere
 from jaxpg._tracing import traced_once
-from jaxpg.grids import Part, cutter, grid_of, plan, visit_first
+from jaxpg.grids import Part, cutter, grid_of, map_first, plan, visit_first
 from jaxpg.types import PyTree
 
 __all__ = [
@@ -226,7 +225,7 @@ def _sum_over_part(
         number = part.rows.number * part.steps.number
         cut, order = cutter(part, length), jnp.arange(number, dtype=jnp.int32)
     else:
-        cut, order, count = plan(active, part)
+        cut, order, count, _ = plan(active, part)
     of_chunk = _of_cut(fn, rows, cut)
 
     def add(total: Any, index: Array) -> Any:
@@ -242,22 +241,8 @@ def _map_over_part(
     fn: Callable[[PyTree], Any], rows: PyTree, active: Bool[Array, "B T"], part: Part
 ) -> Any:
     """`fn` of each chunk, its numbers where the part has its decisions."""
-    cut = cutter(part, active.shape[1])
-    of_chunk = _of_cut(fn, rows, cut)
-
-    def visit(_: None, index: Array) -> tuple[None, Any]:
-        zeros = optax.tree.zeros_like(jax.eval_shape(of_chunk, index))
-        needed = anywhere(cut(active, index))
-        return None, jax.lax.cond(needed, lambda: of_chunk(index), lambda: zeros)
-
-    def spread(x: Array) -> Array:
-        x = x.reshape(part.steps.number, part.rows.number, *x.shape[1:])
-        x = jnp.transpose(x, (1, 2, 0, 3))
-        return x.reshape(part.rows.number * part.rows.size, -1)
-
-    number = part.rows.number * part.steps.number
-    _, found = jax.lax.scan(visit, None, jnp.arange(number, dtype=jnp.int32))
-    return jax.tree.map(spread, found)
+    cut, order, count, put_back = plan(active, part)
+    return jax.tree.map(put_back, map_first(_of_cut(fn, rows, cut), order, count))
 
 
 def _of_cut(

@@ -5,6 +5,7 @@ each pair is a part of its own, whose chunks have one shape. A chunk is a number
 takes it out of any array of the batch when its turn comes.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,8 +22,10 @@ __all__ = [
     "TOGETHER",
     "Blocks",
     "Part",
+    "Plan",
     "cutter",
     "grid_of",
+    "map_first",
     "needed_first",
     "plan",
     "visit_first",
@@ -37,16 +40,29 @@ TOGETHER = 32
 """Chunks that are skipped together, where they are many."""
 
 
-Plan = tuple[Callable[[Array, Array], Array], Array, Array]
-"""`cut(x, index)`, the chunks' indices in order, and how many of them are needed."""
-
-
 class Blocks(NamedTuple):
     """`number` blocks of `size` indices each, the first from `start` on."""
 
     start: int
     size: int
     number: int
+
+
+class Plan(NamedTuple):
+    """Which chunks of a part are visited, and where what is found there belongs.
+
+    Attributes:
+        cut: `cut(x, index)`, a chunk of [B, T, ...].
+        order: the chunks' indices, [n], those that are needed first.
+        count: how many are needed.
+        put_back: numbers of all chunks in that order, [n, rows, steps], where the part
+            has their decisions.
+    """
+
+    cut: Callable[[Array, Array], Array]
+    order: Int[Array, " n"]
+    count: Int[Array, ""]
+    put_back: Callable[[Array], Array]
 
 
 class Part(NamedTuple):
@@ -102,7 +118,7 @@ def plan(active: Bool[Array, "B T"], part: Part) -> Plan:
         part: of the batch.
 
     Returns:
-        See `Plan`.
+        Which chunks to visit, and how.
     """
     return _of_pieces(active, part) if part.steps.number > 1 else _of_rows(active, part)
 
@@ -110,7 +126,12 @@ def plan(active: Bool[Array, "B T"], part: Part) -> Plan:
 def _of_rows(active: Bool[Array, "B T"], part: Part) -> Plan:
     """Chunks of neighbouring rows, in one block of steps."""
     needed = anybody(jnp.any(_by_piece(active, part), axis=(1, 2)))
-    return cutter(part, active.shape[1]), *needed_first(needed)
+    order, count = needed_first(needed)
+
+    def put_back(found: Array) -> Array:
+        return found[_inverse(order)].reshape(-1, part.steps.size)
+
+    return Plan(cutter(part, active.shape[1]), order, count, put_back)
 
 
 def _of_pieces(active: Bool[Array, "B T"], part: Part) -> Plan:
@@ -125,8 +146,22 @@ def _of_pieces(active: Bool[Array, "B T"], part: Part) -> Plan:
         steps = first[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
         return x[row[:, None], steps]
 
-    number = part.rows.number * part.steps.number
-    return cut, jnp.arange(number, dtype=jnp.int32), -(-num_needed // per_chunk)
+    def put_back(found: Array) -> Array:
+        pieces = found.reshape(-1, size)[_inverse(order)]
+        return pieces.reshape(-1, part.steps.number * size)
+
+    index = jnp.arange(part.rows.number * part.steps.number, dtype=jnp.int32)
+    return Plan(cut, index, -(-num_needed // per_chunk), put_back)
+
+
+def _inverse(order: Int[Array, " n"]) -> Int[Array, " n"]:
+    """Where each index stands in an order of all."""
+    index = jnp.arange(order.shape[0], dtype=jnp.int32)
+    return (
+        jnp.zeros_like(index)
+        .at[order]
+        .set(index, mode="promise_in_bounds", unique_indices=True)
+    )
 
 
 def needed_first(needed: Bool[Array, " n"]) -> tuple[Int[Array, " n"], Int[Array, ""]]:
@@ -182,7 +217,6 @@ def visit_first(
     To ask of every index whether it is needed costs more than the work, where rows are
     mostly empty. A `while_loop` over the needed ones would have no reverse derivative.
     """
-    number = order.shape[0]
     add = traced_once(add)
 
     def visit(total: Any, some: tuple[Array, Array]) -> tuple[Any, None]:
@@ -192,16 +226,57 @@ def visit_first(
     def one_by_one(total: Any, some: tuple[Array, Array]) -> Any:
         return jax.lax.scan(visit, total, some)[0]
 
-    if number <= 2 * TOGETHER:
-        return one_by_one(total, (order, jnp.arange(number, dtype=jnp.int32) < count))
-    blocks = -(-number // TOGETHER)
-    order = jnp.pad(order, (0, blocks * TOGETHER - number)).reshape(blocks, TOGETHER)
-    needed = (jnp.arange(blocks * TOGETHER, dtype=jnp.int32) < count).reshape(
-        blocks, TOGETHER
-    )
+    if order.shape[0] <= 2 * TOGETHER:
+        return one_by_one(total, _with_flags(order, count))
 
     def of_block(total: Any, some: tuple[Array, Array]) -> tuple[Any, None]:
         begun = some[1][0]
         return jax.lax.cond(begun, lambda: one_by_one(total, some), lambda: total), None
 
-    return jax.lax.scan(of_block, total, (order, needed))[0]
+    return jax.lax.scan(of_block, total, _in_blocks(order, count))[0]
+
+
+def map_first(fn: Callable[[Array], Any], order: Array, count: Array) -> Any:
+    """`fn` of the first `count` indices, in order, and zeros for the others.
+
+    Those are skipped together, as in `visit_first`.
+
+    >>> map_first(lambda i: i + 7, jnp.array([2, 0, 1]), jnp.array(2)).tolist()
+    [9, 7, 0]
+    """
+    fn = traced_once(fn)
+
+    def empty(*number: int) -> Any:
+        shapes = jax.eval_shape(fn, order[0])
+        return jax.tree.map(lambda x: jnp.zeros((*number, *x.shape), x.dtype), shapes)
+
+    def visit(_: None, some: tuple[Array, Array]) -> tuple[None, Any]:
+        index, needed = some
+        return None, jax.lax.cond(needed, lambda: fn(index), empty)
+
+    def one_by_one(some: tuple[Array, Array]) -> Any:
+        return jax.lax.scan(visit, None, some)[1]
+
+    if order.shape[0] <= 2 * TOGETHER:
+        return one_by_one(_with_flags(order, count))
+
+    def of_block(_: None, some: tuple[Array, Array]) -> tuple[None, Any]:
+        begun = some[1][0]
+        together = functools.partial(empty, TOGETHER)
+        return None, jax.lax.cond(begun, lambda: one_by_one(some), together)
+
+    found = jax.lax.scan(of_block, None, _in_blocks(order, count))[1]
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: order.shape[0]], found)
+
+
+def _with_flags(order: Array, count: Array) -> tuple[Array, Array]:
+    """Indices, and which of them are needed."""
+    return order, jnp.arange(order.shape[0], dtype=jnp.int32) < count
+
+
+def _in_blocks(order: Array, count: Array) -> tuple[Array, Array]:
+    """The same in rows of `TOGETHER`, the last one filled up."""
+    missing = -order.shape[0] % TOGETHER
+    padded = _with_flags(jnp.pad(order, (0, missing)), count)
+    index, needed = (x.reshape(-1, TOGETHER) for x in padded)
+    return index, needed

@@ -390,6 +390,29 @@ def test_mapped_chunks_without_anything_active_are_skipped(cut_rows):
     np.testing.assert_array_equal(found, jnp.where(numbers // T == 1, numbers, 0))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.4, 1.0])
+@pytest.mark.parametrize("rest", [0, 7])
+def test_mapped_pieces_are_visited_in_any_company(share, rest):
+    """Few of many chunks, and each of their numbers where its decision is."""
+    shape = 40, 12 * PIECE + rest  # 120 chunks of four pieces, and a smaller part
+    some = jax.random.uniform(jax.random.key(1), (40, 12)) < share
+    active = jnp.pad(jnp.repeat(some, PIECE, axis=1), ((0, 0), (0, rest)))
+    numbers = jnp.arange(1.0, 1.0 + shape[0] * shape[1]).reshape(shape)
+    found, visited = jax.jit(
+        lambda active: map_over_chunks(
+            lambda two, x: (two * x, jnp.ones_like(x)),
+            2.0,
+            numbers,
+            active,
+            Chunks(4 * PIECE, cut_rows=True),
+        )
+    )(active)
+    np.testing.assert_array_equal(found, 2.0 * numbers * visited)
+    assert np.all(visited[active] == 1.0)
+    needed = int(jnp.sum(some))
+    assert np.sum(visited) == 4 * PIECE * -(-needed // 4)
+
+
 def test_mapped_over_seeds_it_equals_separate_calls():
     numbers = jnp.arange(2.0 * B * T).reshape(2, B, T)
     active = jnp.zeros((2, B, T), bool).at[0, 1].set(True).at[1, 3].set(True)

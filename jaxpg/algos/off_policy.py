@@ -51,6 +51,7 @@ from jaxpg.credit import (
     credit_of_used,
 )
 from jaxpg.estimators import BaselineName, EstimatorConfig, make_estimator
+from jaxpg.room import at_used_length, first_turns, with_room
 from jaxpg.types import Params, PRNGKey, PyTree, Trajectory
 
 __all__ = ["OffPolicyConfig", "OffPolicyState", "off_policy"]
@@ -213,8 +214,7 @@ def off_policy(
 
         def turn(carry: tuple, _: None) -> tuple[tuple, Info]:
             going, *learned = carry
-            credit, weights = _credit_and_weights(config, task, learned[0], rows)
-            ess = _ess_fraction(weights, rows.mask)
+            credit, ess = _credit_and_ess(config, task, learned[0], rows)
             going = going & (ess >= config.min_ess)
 
             @traced_once
@@ -277,17 +277,24 @@ def off_policy(
     )
 
 
-def _credit_and_weights(
+def _credit_and_ess(
     config: OffPolicyConfig, task: Task, params: Params, rows: Trajectory
 ) -> tuple[Credit, Array]:
-    """The credit of every decision, and what its sample is worth: ratios alone."""
+    """The credit of every decision, and what share of the sample its ratios leave."""
     log_rhos = log_ratios_of(task, params, rows, chunk_size=config.chunk_size)
-    whole = config.estimator.credit
-    credit = credit_of(rows, whole, log_rhos)
-    if not whole.keep_leading_discount:
-        return credit, credit.reach
+    whole, length = config.estimator.credit, rows.mask.shape[1]
     ratios_alone = dataclasses.replace(whole, keep_leading_discount=False)
-    return credit, credit_of(rows, ratios_alone, log_rhos).reach
+
+    def of_turns(number: int) -> tuple[Credit, Array]:
+        some, some_log_rhos = first_turns(rows, number), log_rhos[:, :number]
+        credit = credit_of(some, whole, some_log_rhos)
+        weights = credit.reach
+        if whole.keep_leading_discount:
+            weights = credit_of(some, ratios_alone, some_log_rhos).reach
+        ess = _ess_fraction(weights, some.mask)
+        return jax.tree.map(lambda x: with_room(x, length), credit), ess
+
+    return at_used_length(of_turns, rows.mask)
 
 
 def _ess_fraction(weights: Array, mask: Array) -> Array:
