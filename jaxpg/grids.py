@@ -54,14 +54,14 @@ class Plan(NamedTuple):
     Attributes:
         cut: `cut(x, index)`, a chunk of [B, T, ...].
         order: the chunks' indices, [n], those that are needed first.
-        count: how many are needed.
+        num_needed: how many those are.
         put_back: numbers of all chunks in that order, [n, rows, steps], where the part
             has their decisions.
     """
 
     cut: Callable[[Array, Array], Array]
     order: Int[Array, " n"]
-    count: Int[Array, ""]
+    num_needed: Int[Array, ""]
     put_back: Callable[[Array], Array]
 
 

@@ -25,7 +25,7 @@ of many episodes is several times as long as most.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from jaxpg._batching import anywhere
 from jaxpg._checks import check_positive
 from jaxpg._tracing import traced_once
 from jaxpg.envs.base import Environment
+from jaxpg.pages import empty_rows, page_of, turned, with_page, written
 from jaxpg.policies import Policy
 from jaxpg.slots import Slot, decide, few_of, restart_ended, select, start_slot
 from jaxpg.types import Params, PRNGKey, Trajectory
@@ -50,11 +51,6 @@ __all__ = [
 WORTH_MOVING = 64
 """Slots from which on the last few that run are played apart. With less there is little
 to gain for a second loop, which takes a second to compile."""
-
-
-PAGE = 64
-"""Turns that are written down side by side before they are moved into rows together:
-to write each turn into the rows of all slots would touch as many places in memory."""
 
 
 class RolloutState(NamedTuple):
@@ -146,22 +142,23 @@ def rollout_episodes(
             return many & (loop.step < capacity)
 
         def play_page(loop: Loop) -> Loop:
-            page, first = _page(loop.decisions, loop.step)
+            page, first = page_of(loop.decisions, loop.step)
+            end = first + page.mask.shape[0]
 
             def advance(loop: Loop) -> Loop:
                 slots, decision = decide_all(loop.slots)
                 decision = decision._replace(mask=loop.running)
                 ends = decision.terminated | decision.truncated
-                page = _write(loop.decisions, decision, loop.step - first)
+                page = written(loop.decisions, decision, loop.step - first)
                 return Loop(loop.step + 1, *move(loop, slots, ends), page)
 
             played = jax.lax.while_loop(
-                lambda loop: unfinished(loop) & (loop.step - first < _length(page, 0)),
+                lambda loop: unfinished(loop) & (loop.step < end),
                 advance,
                 loop._replace(decisions=page),
             )
             return played._replace(
-                decisions=_with_page(loop.decisions, played.decisions, first)
+                decisions=with_page(loop.decisions, played.decisions, first)
             )
 
         return jax.lax.while_loop(unfinished, play_page, loop)
@@ -172,7 +169,7 @@ def rollout_episodes(
         slots,
         jnp.ones((num_slots,), bool),
         jnp.asarray(num_slots, jnp.int32),
-        _empty_rows(decide_all, slots, capacity),
+        empty_rows(decide_all, slots, capacity),
     )
     few = few_of(num_slots) if num_slots >= WORTH_MOVING else 0
     loop = play(loop, few, _hold if num_slots == num_episodes else take_next)
@@ -258,7 +255,7 @@ def rollout_segments(
     (slots, episode_return), decisions = jax.lax.scan(
         advance, (state.slots, state.episode_return), None, num_steps
     )
-    trajectory = _turned(decisions)._replace(carry=first_carry)
+    trajectory = turned(decisions)._replace(carry=first_carry)
     return trajectory, RolloutState(slots, state.stride, episode_return)
 
 
@@ -321,45 +318,3 @@ def _capacity(env: Environment, num_episodes: int, num_slots: int) -> int:
             "end; wrap it in with_time_limit or roll out segments"
         )
     return -(-num_episodes // num_slots) * env.max_steps
-
-
-def _empty_rows(decide: Any, slots: Slot, capacity: int) -> Trajectory:
-    def empty(x: Any) -> Array:
-        return jnp.zeros((x.shape[0], capacity, *x.shape[1:]), x.dtype)
-
-    return jax.tree.map(empty, jax.eval_shape(decide, slots)[1])
-
-
-def _page(rows: Trajectory, step: Array) -> tuple[Trajectory, Array]:
-    """What the rows hold from about `step` on, time first, and where that begins.
-
-    The last page begins earlier if the rows end: what they hold there stays.
-    """
-    length = _length(rows, 1)
-    size = min(PAGE, length)
-    first = jnp.minimum(step, length - size)
-    page = jax.tree.map(
-        lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=1), rows
-    )
-    return _turned(page), first
-
-
-def _with_page(rows: Trajectory, page: Trajectory, first: Array) -> Trajectory:
-    put = jax.lax.dynamic_update_slice_in_dim
-    return jax.tree.map(lambda x, y: put(x, y, first, 1), rows, _turned(page))
-
-
-def _length(decisions: Trajectory, axis: int) -> int:
-    return decisions.mask.shape[axis]
-
-
-def _write(page: Trajectory, decision: Trajectory, step: Array) -> Trajectory:
-    def write(rows: Array, row: Array) -> Array:
-        return jax.lax.dynamic_update_index_in_dim(rows, row, step, 0)
-
-    return jax.tree.map(write, page, decision)
-
-
-def _turned(decisions: Trajectory) -> Trajectory:
-    """Between time-major, as loops write it, and the library's [B, T, ...]."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), decisions)

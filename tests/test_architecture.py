@@ -102,7 +102,7 @@ LAYERS = {
         "exact.weights",
         "exact",
     ],
-    "rollouts": ["slots", "rollout", "streams"],
+    "rollouts": ["slots", "pages", "rollout", "streams"],
     "algorithms": [
         "algos.base",
         "algos.measures",

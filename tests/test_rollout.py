@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpg import exact, rollout
+from jaxpg import exact, pages, rollout
 from jaxpg.distributions import Categorical, TanhGaussian
 from jaxpg.envs import Box, Discrete, Environment
 from jaxpg.envs.probes import delayed_reward, endless_reward
@@ -151,7 +151,7 @@ def early_moves(monkeypatch):
     """Half of the slots are few, and two turns a page, as if episodes were long."""
     monkeypatch.setattr(rollout, "few_of", lambda num_slots: num_slots // 2)
     monkeypatch.setattr(rollout, "WORTH_MOVING", 2)
-    monkeypatch.setattr(rollout, "PAGE", 2)
+    monkeypatch.setattr(pages, "PAGE", 2)
 
 
 @pytest.mark.parametrize("num_slots", [2, 5, N])
@@ -207,8 +207,8 @@ def test_a_buffer_is_turned_page_by_page_as_far_as_it_was_played(one_per_row):
     """400 episodes of four slots: a long buffer, more than half of it empty."""
     ids = jnp.arange(400, dtype=jnp.int32)
     packed = sample(ids, 4)
-    assert packed.mask.shape[1] > 2 * rollout.PAGE
-    assert packed.mask[:, -rollout.PAGE :].sum() == 0
+    assert packed.mask.shape[1] > 2 * pages.PAGE
+    assert packed.mask[:, -pages.PAGE :].sum() == 0
     check_whole_episodes(packed, range(400))
     assert_same_decisions(packed, sample(ids))
 
