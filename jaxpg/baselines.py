@@ -71,6 +71,9 @@ class Baseline(NamedTuple):
             visited in chunks must be visited twice.
         needs_scores: whether rows must be single trajectories, because their scores
             are taken.
+        any_length: whether `summarize` and `predict` are cheap, and give the same if
+            rows end earlier, with nothing but empty slots behind: `jaxpg.room` may cut
+            those off.
     """
 
     init: Callable[[PRNGKey, PyTree], PyTree]
@@ -80,6 +83,7 @@ class Baseline(NamedTuple):
     min_trajectories: int = 1
     needs_batch: bool = False
     needs_scores: bool = False
+    any_length: bool = False
 
 
 def apply_baseline(
@@ -141,7 +145,10 @@ def constant_baseline(value: float) -> Baseline:
     Reference: Williams 1992, reinforcement baseline.
     """
     return stateless(
-        predict=lambda params, summary, rows, credit: jnp.full_like(credit.value, value)
+        predict=lambda params, summary, rows, credit: jnp.full_like(
+            credit.value, value
+        ),
+        any_length=True,
     )
 
 
@@ -161,7 +168,7 @@ def batch_mean_baseline() -> Baseline:
         level = mean_credit(*whole(summary))
         return jnp.broadcast_to(level, credit.value.shape)
 
-    return stateless(predict, _summarize_starts)
+    return stateless(predict, _summarize_starts, any_length=True)
 
 
 def leave_one_out_baseline() -> Baseline:
@@ -183,7 +190,7 @@ def leave_one_out_baseline() -> Baseline:
         )
         return mean_of_others(summary, own, fold_of(trajectories.episode_id))
 
-    return stateless(predict, _summarize_starts, min_trajectories=2)
+    return stateless(predict, _summarize_starts, min_trajectories=2, any_length=True)
 
 
 def time_dependent_baseline(max_steps: int, *, leave_one_out: bool = True) -> Baseline:
@@ -220,7 +227,12 @@ def time_dependent_baseline(max_steps: int, *, leave_one_out: bool = True) -> Ba
         fold = fold_of(trajectories.episode_id)
         return mean_of_others(summary, credit, fold, trajectories.time)
 
-    return stateless(predict, summarize, min_trajectories=2 if leave_one_out else 1)
+    return stateless(
+        predict,
+        summarize,
+        min_trajectories=2 if leave_one_out else 1,
+        any_length=True,
+    )
 
 
 def stateless(
@@ -229,6 +241,7 @@ def stateless(
     *,
     min_trajectories: int = 1,
     needs_scores: bool = False,
+    any_length: bool = False,
 ) -> Baseline:
     """A baseline that learns nothing from batch to batch.
 
@@ -238,6 +251,7 @@ def stateless(
             nothing.
         min_trajectories: the fewest trajectories that it makes sense for.
         needs_scores: whether rows must be single trajectories.
+        any_length: whether empty slots at the rows' ends may be cut off.
     """
 
     def no_state(key: PRNGKey, obs: PyTree) -> Any:
@@ -270,6 +284,7 @@ def stateless(
         min_trajectories,
         needs_batch=summarize is not None,
         needs_scores=needs_scores,
+        any_length=any_length,
     )
 
 

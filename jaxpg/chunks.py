@@ -18,7 +18,8 @@ import optax
 from jaxtyping import Array, Bool
 
 from jaxpg._tracing import traced_once
-from jaxpg.grids import Part, cutter, grid_of, map_first, plan, visit_first
+from jaxpg.grids import Part, Plan, grid_of, plan
+from jaxpg.skipping import map_first, visit_first
 from jaxpg.types import PyTree
 
 __all__ = [
@@ -133,9 +134,11 @@ def sum_over_chunks(
     size = chunks.number
     if size is None:
         return fn(shared, rows)
-    shape = jax.tree.leaves(rows)[0].shape[:2] if active is None else active.shape
+    shape = _shape(rows, active)
     sums = [
-        _sum_over_part(lambda chunk: fn(shared, chunk), rows, active, part, shape[1])
+        _sum_over_part(
+            lambda chunk: fn(shared, chunk), rows, plan(active, part, shape[1])
+        )
         for parts in grid_of(shape, size, cut_rows=chunks.cut_rows)
         for part in parts
     ]
@@ -146,7 +149,7 @@ def map_over_chunks(
     fn: Callable[[Any, PyTree], Any],
     shared: Any,
     rows: PyTree,
-    active: Bool[Array, "B T"],
+    active: Bool[Array, "B T"] | None,
     chunks: Chunks = ALL_AT_ONCE,
 ) -> Any:
     """`fn(shared, chunk)` of every chunk of rows, put together: one number a decision.
@@ -156,11 +159,13 @@ def map_over_chunks(
             of the chunk's decisions.
         shared: what every chunk needs, for example parameters.
         rows: a tree whose leaves have B in front, and T behind it if rows may be cut.
-        active: whether a decision's number is asked for.
+        active: whether a decision's number is asked for; None where all are. T is
+            then the first leaf's.
         chunks: how to cut.
 
     Returns:
-        A tree of [B, T]; 0 in chunks with nothing active, which are skipped.
+        A tree of [B, T]. What stands where nothing is active depends on the others:
+        0 in chunks that are skipped.
 
     Raises:
         ValueError: if the chunk size is not a positive whole number.
@@ -176,10 +181,13 @@ def map_over_chunks(
     if size is None:
         return fn(shared, rows)
 
-    def of_part(part: Part) -> Any:
-        return _map_over_part(lambda chunk: fn(shared, chunk), rows, active, part)
+    shape = _shape(rows, active)
 
-    grid = grid_of(active.shape, size, cut_rows=chunks.cut_rows)
+    def of_part(part: Part) -> Any:
+        planned = plan(active, part, shape[1])
+        return _map_over_part(lambda chunk: fn(shared, chunk), rows, planned)
+
+    grid = grid_of(shape, size, cut_rows=chunks.cut_rows)
     return _beside([_beside([of_part(x) for x in parts], 1) for parts in grid], 0)
 
 
@@ -213,36 +221,25 @@ def _of_one_row(fn: Callable[[Any, PyTree], Any]) -> Callable[[Any, PyTree], Any
     return of_one_row
 
 
-def _sum_over_part(
-    fn: Callable[[PyTree], Any],
-    rows: PyTree,
-    active: Bool[Array, "B T"] | None,
-    part: Part,
-    length: int,
-) -> Any:
+def _sum_over_part(fn: Callable[[PyTree], Any], rows: PyTree, plan: Plan) -> Any:
     """Sum over equal chunks, each cut out only when its turn comes."""
-    if active is None:
-        number = part.rows.number * part.steps.number
-        cut, order = cutter(part, length), jnp.arange(number, dtype=jnp.int32)
-    else:
-        cut, order, count, _ = plan(active, part)
-    of_chunk = _of_cut(fn, rows, cut)
+    of_chunk = _of_cut(fn, rows, plan.cut)
 
     def add(total: Any, index: Array) -> Any:
         return jax.tree.map(jnp.add, total, of_chunk(index))
 
-    zeros = optax.tree.zeros_like(jax.eval_shape(of_chunk, order[0]))
-    if active is None:
-        return jax.lax.scan(lambda x, i: (add(x, i), None), zeros, order)[0]
-    return visit_first(add, zeros, order, count)
+    zeros = optax.tree.zeros_like(jax.eval_shape(of_chunk, plan.order[0]))
+    return visit_first(add, zeros, plan.order, plan.num_needed)
 
 
-def _map_over_part(
-    fn: Callable[[PyTree], Any], rows: PyTree, active: Bool[Array, "B T"], part: Part
-) -> Any:
+def _map_over_part(fn: Callable[[PyTree], Any], rows: PyTree, plan: Plan) -> Any:
     """`fn` of each chunk, its numbers where the part has its decisions."""
-    cut, order, count, put_back = plan(active, part)
-    return jax.tree.map(put_back, map_first(_of_cut(fn, rows, cut), order, count))
+    found = map_first(_of_cut(fn, rows, plan.cut), plan.order, plan.num_needed)
+    return jax.tree.map(plan.put_back, found)
+
+
+def _shape(rows: PyTree, active: Array | None) -> tuple[int, ...]:
+    return jax.tree.leaves(rows)[0].shape[:2] if active is None else active.shape
 
 
 def _of_cut(

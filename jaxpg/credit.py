@@ -197,14 +197,21 @@ def credit_of_used(
         config: which credit, of ratio "none".
 
     Returns:
-        Value and reach.
+        Value and reach, as `credit_of` but for rounding.
+
+    Raises:
+        ValueError: as `credit_of`, and if ratios are asked for.
 
     Bias: that of `credit_of`.
     """
-    length = trajectories.mask.shape[1]
+    if config.ratio != "none":
+        raise ValueError(
+            f"ratio is {config.ratio!r}, needs 'none' on policy; credit_of takes others"
+        )
 
     def of_turns(number: int) -> Credit:
         credit = credit_of(first_turns(trajectories, number), config)
+        length = trajectories.mask.shape[1]
         return jax.tree.map(lambda x: with_room(x, length), credit)
 
     return at_used_length(of_turns, trajectories.mask)

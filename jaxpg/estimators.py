@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxpg import importance
-from jaxpg._checks import check_choice
+from jaxpg._checks import check_choice, check_rank, check_same_shape
 from jaxpg.advantages import standardize
 from jaxpg.baselines import (
     Baseline,
@@ -362,20 +362,20 @@ def estimate_weights(
         )
 
     def of_turns(number: int) -> Array:
-        rows = first_turns(trajectories, number)
-        if credit is None:
-            of_rows = estimate_credit(estimator, params, rows)
-        else:
-            of_rows = jax.tree.map(lambda x: x[:, :number], credit)
-        weights = apply_baseline(
-            estimator.baseline, params, state, rows, of_rows, summary
-        )
+        rows, own = first_turns(trajectories, number), credit
+        if own is None:
+            own = estimate_credit(estimator, params, rows)
+        own = jax.tree.map(lambda x: x[:, :number], own)
+        weights = apply_baseline(estimator.baseline, params, state, rows, own, summary)
         if config.standardize:
             weights = standardize(weights, rows.mask)
         return with_room(weights, trajectories.mask.shape[1])
 
+    check_rank("mask", trajectories.mask, 2, "(B, T) = a batch of rows")
+    if credit is not None:
+        check_same_shape(mask=trajectories.mask, credit=credit.value)
     asks_policy = credit is None and config.credit.ratio != "none"
-    if asks_policy or estimator.needs_scores:  # too much to be compiled twice
+    if asks_policy or not estimator.baseline.any_length:
         return of_turns(trajectories.mask.shape[1])
     return at_used_length(of_turns, trajectories.mask)
 

@@ -5,9 +5,8 @@ each pair is a part of its own, whose chunks have one shape. A chunk is a number
 takes it out of any array of the batch when its turn comes.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,29 +14,21 @@ from jaxtyping import Array, Bool, Int
 
 from jaxpg._batching import anybody
 from jaxpg._checks import check_positive
-from jaxpg._tracing import traced_once
 
 __all__ = [
     "PIECE",
-    "TOGETHER",
     "Blocks",
     "Part",
     "Plan",
     "cutter",
     "grid_of",
-    "map_first",
     "needed_first",
     "plan",
-    "visit_first",
 ]
 
 PIECE = 16
 """Consecutive decisions of one row in a chunk, where rows may be cut: few, so that the
 empty tails of packed rows fall into chunks of their own, and are skipped."""
-
-
-TOGETHER = 32
-"""Chunks that are skipped together, where they are many."""
 
 
 class Blocks(NamedTuple):
@@ -54,14 +45,14 @@ class Plan(NamedTuple):
     Attributes:
         cut: `cut(x, index)`, a chunk of [B, T, ...].
         order: the chunks' indices, [n], those that are needed first.
-        num_needed: how many those are.
+        num_needed: how many those are; None where all are.
         put_back: numbers of all chunks in that order, [n, rows, steps], where the part
             has their decisions.
     """
 
     cut: Callable[[Array, Array], Array]
     order: Int[Array, " n"]
-    num_needed: Int[Array, ""]
+    num_needed: Int[Array, ""] | None
     put_back: Callable[[Array], Array]
 
 
@@ -107,20 +98,34 @@ def grid_of(shape: tuple[int, ...], size: int, *, cut_rows: bool) -> list[list[P
     ]
 
 
-def plan(active: Bool[Array, "B T"], part: Part) -> Plan:
+def plan(active: Bool[Array, "B T"] | None, part: Part, length: int) -> Plan:
     """Chunks of a part of the batch, those with anything active first.
 
     Pieces of rows go into chunks in any company: rows of unlike lengths, side by side,
     would leave chunks of neighbours mostly empty.
 
     Args:
-        active: whether a decision can contribute anything.
+        active: whether a decision can contribute anything; None where all can.
         part: of the batch.
+        length: T.
 
     Returns:
         Which chunks to visit, and how.
     """
+    if active is None:
+        return _of_all(part, length)
     return _of_pieces(active, part) if part.steps.number > 1 else _of_rows(active, part)
+
+
+def _of_all(part: Part, length: int) -> Plan:
+    """All chunks, as they lie."""
+
+    def put_back(found: Array) -> Array:
+        x = found.reshape(part.steps.number, part.rows.number, *found.shape[1:])
+        return jnp.moveaxis(x, 0, 2).reshape(part.rows.number * part.rows.size, -1)
+
+    order = jnp.arange(part.rows.number * part.steps.number, dtype=jnp.int32)
+    return Plan(cutter(part, length), order, None, put_back)
 
 
 def _of_rows(active: Bool[Array, "B T"], part: Part) -> Plan:
@@ -207,76 +212,3 @@ def cutter(part: Part, length: int) -> Callable[[Array, Array], Array]:
         return jax.lax.dynamic_slice_in_dim(x, first, steps.size, axis=1)
 
     return cut
-
-
-def visit_first(
-    add: Callable[[Any, Array], Any], total: Any, order: Array, count: Array
-) -> Any:
-    """`add` the first `count` indices, in order; the others are skipped together.
-
-    To ask of every index whether it is needed costs more than the work, where rows are
-    mostly empty. A `while_loop` over the needed ones would have no reverse derivative.
-    """
-    add = traced_once(add)
-
-    def visit(total: Any, some: tuple[Array, Array]) -> tuple[Any, None]:
-        index, needed = some
-        return jax.lax.cond(needed, lambda: add(total, index), lambda: total), None
-
-    def one_by_one(total: Any, some: tuple[Array, Array]) -> Any:
-        return jax.lax.scan(visit, total, some)[0]
-
-    if order.shape[0] <= 2 * TOGETHER:
-        return one_by_one(total, _with_flags(order, count))
-
-    def of_block(total: Any, some: tuple[Array, Array]) -> tuple[Any, None]:
-        begun = some[1][0]
-        return jax.lax.cond(begun, lambda: one_by_one(total, some), lambda: total), None
-
-    return jax.lax.scan(of_block, total, _in_blocks(order, count))[0]
-
-
-def map_first(fn: Callable[[Array], Any], order: Array, count: Array) -> Any:
-    """`fn` of the first `count` indices, in order, and zeros for the others.
-
-    Those are skipped together, as in `visit_first`.
-
-    >>> map_first(lambda i: i + 7, jnp.array([2, 0, 1]), jnp.array(2)).tolist()
-    [9, 7, 0]
-    """
-    fn = traced_once(fn)
-
-    def empty(*number: int) -> Any:
-        shapes = jax.eval_shape(fn, order[0])
-        return jax.tree.map(lambda x: jnp.zeros((*number, *x.shape), x.dtype), shapes)
-
-    def visit(_: None, some: tuple[Array, Array]) -> tuple[None, Any]:
-        index, needed = some
-        return None, jax.lax.cond(needed, lambda: fn(index), empty)
-
-    def one_by_one(some: tuple[Array, Array]) -> Any:
-        return jax.lax.scan(visit, None, some)[1]
-
-    if order.shape[0] <= 2 * TOGETHER:
-        return one_by_one(_with_flags(order, count))
-
-    def of_block(_: None, some: tuple[Array, Array]) -> tuple[None, Any]:
-        begun = some[1][0]
-        together = functools.partial(empty, TOGETHER)
-        return None, jax.lax.cond(begun, lambda: one_by_one(some), together)
-
-    found = jax.lax.scan(of_block, None, _in_blocks(order, count))[1]
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: order.shape[0]], found)
-
-
-def _with_flags(order: Array, count: Array) -> tuple[Array, Array]:
-    """Indices, and which of them are needed."""
-    return order, jnp.arange(order.shape[0], dtype=jnp.int32) < count
-
-
-def _in_blocks(order: Array, count: Array) -> tuple[Array, Array]:
-    """The same in rows of `TOGETHER`, the last one filled up."""
-    missing = -order.shape[0] % TOGETHER
-    padded = _with_flags(jnp.pad(order, (0, missing)), count)
-    index, needed = (x.reshape(-1, TOGETHER) for x in padded)
-    return index, needed

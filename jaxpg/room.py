@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from jaxpg._batching import anywhere
-from jaxpg._checks import is_concrete
+from jaxpg._checks import check_rank, is_concrete
 from jaxpg.types import Trajectory
 
 __all__ = ["SHARE", "WORTH_A_BRANCH", "at_used_length", "first_turns", "with_room"]
@@ -31,16 +31,21 @@ def at_used_length(fn: Callable[[int], Any], mask: Bool[Array, "B T"]) -> Any:
 
     Args:
         fn: takes how many turns to look at, counted from the first, and gives the same
-            for both lengths if all later slots are empty.
+            for both lengths, but for rounding, if all later slots are empty.
         mask: whether a slot holds a decision.
 
     Returns:
         What `fn` gives; of all turns, without a branch, where they are few or known.
+        Members of a population, side by side under `vmap`, take one length together.
+
+    Raises:
+        ValueError: if the mask is not that of a batch.
 
     >>> mask = jnp.arange(1024)[None] < 9
     >>> jax.jit(lambda mask: at_used_length(lambda n: jnp.asarray(n), mask))(mask)
     Array(128, dtype=int32, weak_type=True)
     """
+    check_rank("mask", mask, 2, "(B, T) = a batch of rows")
     length = mask.shape[1]
     if length < WORTH_A_BRANCH or is_concrete(mask):
         return fn(length)
@@ -50,7 +55,9 @@ def at_used_length(fn: Callable[[int], Any], mask: Bool[Array, "B T"]) -> Any:
 
 
 def first_turns(trajectories: Trajectory, number: int) -> Trajectory:
-    """The first turns of every row, [B, number]."""
+    """The first turns of every row, [B, number]; the rows themselves if that is all."""
+    if number == trajectories.mask.shape[1]:
+        return trajectories  # of shapes that may be wrong: others will say so
     carry = trajectories.carry  # of a row, not of its turns
     first = jax.tree.map(lambda x: x[:, :number], trajectories._replace(carry=None))
     return first._replace(carry=carry)

@@ -109,12 +109,13 @@ def assert_one_vector_a_step(talk):
 
 
 def test_rows_with_room_exchange_no_more(tmp_path, float64, monkeypatch):
-    """Both lengths at which weights and statistics may be worked out; one is taken."""
+    """Weights and statistics at both lengths that they may be worked out for."""
     monkeypatch.setattr(room, "WORTH_A_BRANCH", 1)
-    monkeypatch.setattr(room, "SHARE", 1)  # all turns are the short length, too
+    monkeypatch.setattr(room, "SHARE", 2)
     talk = assert_the_same("reinforce", 20, 1e-8, tmp_path)
     assert {x.kind for x in talk} == {"all-reduce"}
-    assert max(size for x in talk for size in x.sizes) <= 2 * 8 * MAX_STEPS
+    tables = [x for x in talk if max(x.sizes) > NUM_PARAMS]
+    assert [x.sizes for x in tables] == 2 * [[2 * 8 * MAX_STEPS]], "one of each branch"
 
 
 def test_one_update_in_float32(tmp_path):

@@ -13,8 +13,9 @@ from jaxpg.chunks import Chunks, map_over_chunks, sum_over_chunks
 from jaxpg.distributions import Categorical
 from jaxpg.envs import Box, Discrete
 from jaxpg.gradients import score_gradient, trajectory_gradients
-from jaxpg.grids import PIECE, TOGETHER, needed_first
+from jaxpg.grids import PIECE, needed_first
 from jaxpg.policies import log_prob_fn, mlp_policy
+from jaxpg.skipping import TOGETHER
 from jaxpg.types import Trajectory
 
 B, T = 4, 6
@@ -355,10 +356,11 @@ def test_a_chunk_that_would_be_nan_is_never_computed():
     assert np.isnan(whole), "so that the test above can fail"
 
 
+@pytest.mark.parametrize("asked", [False, True])
 @pytest.mark.parametrize("cut_rows", [False, True])
 @pytest.mark.parametrize("size", [None, 1, 15, 17, 32, 33, 64])
-@pytest.mark.thinned(3)
-def test_mapped_chunks_put_every_number_in_its_place(size, cut_rows):
+@pytest.mark.thinned(4)
+def test_mapped_chunks_put_every_number_in_its_place(size, cut_rows, asked):
     """Three rows of 19: pieces of at most 16 leave a rest in both directions."""
     worth = jax.random.normal(jax.random.key(0), (3, 19))
     found = quick(
@@ -366,7 +368,7 @@ def test_mapped_chunks_put_every_number_in_its_place(size, cut_rows):
             lambda scale, chunk: {"own": scale * chunk, "large": chunk > 0.0},
             2.0,
             worth,
-            worth > -9.0,
+            worth > -9.0 if asked else None,
             Chunks(size, cut_rows),
         )
     )()

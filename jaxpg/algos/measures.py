@@ -108,6 +108,7 @@ def log_ratios_of(
     rows: Trajectory,
     *,
     chunk_size: ChunkSize = None,
+    all_real: bool = False,
 ) -> Float[Array, "B T"]:
     """log pi - log mu of every decision, mu's as recorded; 0 in empty slots.
 
@@ -116,6 +117,7 @@ def log_ratios_of(
         params: of pi.
         rows: decisions of mu, without `next_obs`, which would be cut in vain.
         chunk_size: decisions that are worked on together.
+        all_real: whether no slot is empty, as in segments: nothing is skipped then.
 
     Returns:
         Log-ratios in nats, without derivative.
@@ -130,7 +132,8 @@ def log_ratios_of(
         return over_rows(of_row, params, rows)
 
     def of_rows(params: Params, rows: Trajectory) -> Array:
-        return map_over_chunks(of_chunk, params, rows, rows.mask, chunks)
+        active = None if all_real else rows.mask
+        return map_over_chunks(of_chunk, params, rows, active, chunks)
 
     return task.map_rows(of_rows, params, rows)
 

@@ -204,15 +204,16 @@ def reinforce(
         key: PRNGKey, state: AlgorithmState, trajectories: Trajectory
     ) -> tuple[AlgorithmState, Info]:
         del key  # the whole batch makes one gradient: nothing is drawn
-        # For baselines that learn; the others make their weights where it is used.
         credit = credit_of_used(trajectories, config.estimator.credit)
+        # Baselines without state make their own: all in one branch on the length.
+        learns = jax.tree.leaves(state.baseline_state) and not estimator.needs_scores
         gradient = reinforce_gradient(
             estimator,
             state.params,
             state.baseline_state,
             trajectories,
             max_steps,
-            credit=credit if jax.tree.leaves(state.baseline_state) else None,
+            credit=credit if learns else None,
             chunk_size=config.chunk_size,
             sum_over_rows=task.sum_over_rows,
         )

@@ -221,7 +221,9 @@ def _vtrace(
     row, values = valued(config, task, state.critic, rows)
     ours = policy_rows(needed_critic(task), rows)._replace(next_obs=None)
 
-    log_rhos = log_ratios_of(task, state.params, ours, chunk_size=config.chunk_size)
+    log_rhos = log_ratios_of(
+        task, state.params, ours, chunk_size=config.chunk_size, all_real=True
+    )
 
     def of_row(row: Any, log_rhos: Array) -> VTrace:
         return vtrace_of_row(

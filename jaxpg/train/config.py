@@ -88,7 +88,8 @@ class TrainConfig:
     On the command line `--sweep learning_rate 1e-4 3e-4 1e-3`."""
     members_at_once: int | None = None
     """Seeds times swept values that run side by side; the others wait for their turn,
-    which takes less memory. Unset: all."""
+    which takes less memory. Unset: all. With whole episodes, who runs beside whom may
+    change last digits."""
     num_envs: int = 64
     """Environments that run side by side, for each seed."""
     num_updates: int = 60
