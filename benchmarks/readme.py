@@ -13,6 +13,8 @@ from typing import Any
 
 import timing
 
+from jaxpg.algos.registry import RECIPES
+
 HERE = Path(__file__).parent
 PAGES = [HERE.parent / "README.md", HERE / "README.md"]
 
@@ -48,8 +50,17 @@ def cold_start() -> str:
 
 
 def peers() -> str:
-    """PPO and one step per batch, beside other libraries on the same work."""
-    stored = timing.load("peers-cpu")
+    """Every method, beside other libraries on the same work."""
+    return peers_of("peers-cpu")
+
+
+def peers_reinforce() -> str:
+    """REINFORCE alone, on another machine and with later code."""
+    return peers_of("peers-reinforce-cpu")
+
+
+def peers_of(name: str) -> str:
+    stored = timing.load(name)
     lines = [
         "| work | library | 1000 steps/s | jaxpg is ahead by | compiled in | peak |",
         "|---|---|---|---|---|---|",
@@ -128,6 +139,22 @@ def throughput() -> str:
                 f"{row['compile_seconds']:.1f} s | "
                 f"{row['working_bytes'] / 2**20:.0f} MiB |"
             )
+    return "\n".join(lines) + f"\n\n({machine(stored)})\n"
+
+
+def grid() -> str:
+    """Every algorithm in every place, in thousand steps a second."""
+    stored = timing.load("throughput-grid-cpu")
+    names = list(RECIPES)
+    lines = [
+        f"| world | environments | alone | {' | '.join(names)} |",
+        "|---" * (3 + len(names)) + "|",
+    ]
+    for place, rows in stored["table"].items():
+        env, num_envs = place.split()
+        rates = [rows[name]["median"] / 1e3 for name in ("environment alone", *names)]
+        cells = " | ".join(f"{x:.0f}" if x >= 9.95 else f"{x:.1f}" for x in rates)
+        lines.append(f"| {env} | {num_envs} | {cells} |")
     return "\n".join(lines) + f"\n\n({machine(stored)})\n"
 
 
@@ -525,8 +552,10 @@ BLOCKS = {
     "cold-start": cold_start,
     "peers": peers,
     "peers-days": peers_days,
+    "peers-reinforce": peers_reinforce,
     "peers-learning": peers_learning,
     "throughput": throughput,
+    "grid": grid,
     "compilation": compilation,
     "scaling": scaling,
     "large-batches": large_batches,
