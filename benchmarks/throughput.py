@@ -58,7 +58,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--grid", action="store_true", help="everything, which takes over an hour")
+    add("--grid", action="store_true", help="everything, which takes hours on CPU")
     add("--quick", action="store_true", help="only PPO and REINFORCE on CartPole")
     add("--envs", nargs="+", help="only these environments")
     add("--num-envs", type=int, nargs="+", help="only these sizes")

@@ -344,8 +344,8 @@ def estimate_weights(
         One weight per decision, 0 in empty slots, held constant.
 
     Raises:
-        ValueError: if its baseline belongs to parameters, or a part of the batch is to
-            be weighed by statistics of the whole.
+        ValueError: if its baseline belongs to parameters, a part of the batch is to be
+            weighed by statistics of the whole, or shapes do not match.
 
     Bias: that of the credit and the baseline; always biased with `standardize`.
     """

@@ -1,9 +1,9 @@
 """Rows have room for the longest episodes, and most of it may be empty.
 
 Whole episodes come in rows of a length that no row can outgrow. While a policy is new
-they end after a twentieth of it, and work on every slot of the batch (returns,
-baselines, statistics) is work on nothing. A shape cannot follow the data, but one of
-two can be chosen by them.
+they may end after a twentieth of it (on CartPole they do), and work on every slot of
+the batch, for returns, baselines and statistics, is mostly work on nothing. A shape
+cannot follow the data, but one of two can be chosen by them.
 """
 
 from collections.abc import Callable
@@ -42,8 +42,8 @@ def at_used_length(fn: Callable[[int], Any], mask: Bool[Array, "B T"]) -> Any:
         ValueError: if the mask is not that of a batch.
 
     >>> mask = jnp.arange(1024)[None] < 9
-    >>> jax.jit(lambda mask: at_used_length(lambda n: jnp.asarray(n), mask))(mask)
-    Array(128, dtype=int32, weak_type=True)
+    >>> jax.jit(lambda mask: at_used_length(jnp.asarray, mask))(mask).item()
+    128
     """
     check_rank("mask", mask, 2, "(B, T) = a batch of rows")
     length = mask.shape[1]

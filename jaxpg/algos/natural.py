@@ -38,7 +38,7 @@ from jaxpg.algos.measures import (
     global_norm,
     mean_kl,
 )
-from jaxpg.algos.reinforce import reinforce_gradient
+from jaxpg.algos.reinforce import reinforce_gradient, shares_credit
 from jaxpg.baselines import Baseline
 from jaxpg.chunks import ChunkSize
 from jaxpg.credit import CreditConfig, CreditName, credit_of_used
@@ -170,15 +170,14 @@ def npg(
     ) -> tuple[AlgorithmState, Info]:
         del key  # the whole batch makes one gradient: nothing is drawn
         credit = credit_of_used(trajectories, config.estimator.credit)
-        # Baselines without state make their own: all in one branch on the length.
-        learns = jax.tree.leaves(state.baseline_state) and not estimator.needs_scores
+        shared = shares_credit(estimator, state.baseline_state)
         gradient = reinforce_gradient(
             estimator,
             state.params,
             state.baseline_state,
             trajectories,
             max_steps,
-            credit=credit if learns else None,
+            credit=credit if shared else None,
             chunk_size=config.chunk_size,
             sum_over_rows=task.sum_over_rows,
         )

@@ -48,6 +48,7 @@ __all__ = [
     "ReinforceConfig",
     "reinforce",
     "reinforce_gradient",
+    "shares_credit",
 ]
 
 
@@ -155,6 +156,15 @@ def reinforce_gradient(
     )
 
 
+def shares_credit(estimator: Estimator, baseline_state: PyTree) -> bool:
+    """Whether the gradient takes the credit that the baseline is fitted on.
+
+    Where nothing is fitted that one is never worked out: weights make their own, within
+    the turns that are used. Where scores are taken it would be of rows not yet split.
+    """
+    return bool(jax.tree.leaves(baseline_state)) and not estimator.needs_scores
+
+
 def reinforce(
     config: ReinforceConfig, task: Task, *, baseline: Baseline | None = None
 ) -> Algorithm:
@@ -205,15 +215,14 @@ def reinforce(
     ) -> tuple[AlgorithmState, Info]:
         del key  # the whole batch makes one gradient: nothing is drawn
         credit = credit_of_used(trajectories, config.estimator.credit)
-        # Baselines without state make their own: all in one branch on the length.
-        learns = jax.tree.leaves(state.baseline_state) and not estimator.needs_scores
+        shared = shares_credit(estimator, state.baseline_state)
         gradient = reinforce_gradient(
             estimator,
             state.params,
             state.baseline_state,
             trajectories,
             max_steps,
-            credit=credit if learns else None,
+            credit=credit if shared else None,
             chunk_size=config.chunk_size,
             sum_over_rows=task.sum_over_rows,
         )
